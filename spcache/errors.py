@@ -1,0 +1,48 @@
+"""Exception types.
+
+Wrong arguments are plain `ValueError` and `TypeError`. Everything here says that arguments were fine and the
+mathematics or the machine was not.
+"""
+
+import torch
+
+__all__ = [
+    "EngineUnavailableError",
+    "NotPositiveDefiniteError",
+    "SingularMatrixError",
+    "SpcacheError",
+]
+
+
+class SpcacheError(Exception):
+    """Root of the errors that spcache raises for reasons other than a wrong argument."""
+
+
+class EngineUnavailableError(SpcacheError, RuntimeError):
+    """No engine can serve this device, kind and dtype here; the message says what would."""
+
+
+class _FactorizationError(SpcacheError, torch.linalg.LinAlgError):
+    """A matrix could not be factorized.
+
+    Attributes:
+        column: row and column of the matrix, in the caller's numbering from 0, at which it failed; None where
+            no single one is to blame.
+        batch: index of the matrix in the batch, a tuple as long as the batch has dimensions (empty: no batch).
+    """
+
+    def __init__(self, message: str, column: int | None = None, batch: tuple[int, ...] = ()):
+        super().__init__(message)
+        self.column = column
+        self.batch = batch
+
+    def __reduce__(self):
+        return type(self), (*self.args, self.column, self.batch)
+
+
+class NotPositiveDefiniteError(_FactorizationError):
+    """A Cholesky factorization met a pivot that is not positive."""
+
+
+class SingularMatrixError(_FactorizationError):
+    """The matrix is singular, structurally or to working precision."""

@@ -1,0 +1,230 @@
+"""Numeric factors: who owns their storage, and the `Factor` that a user holds."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from ._pattern import Assembly, ValuesCopy
+from .engines.protocol import DTYPE_CODES, Failure, Storage, SymbolicFactor
+from .stats import Stats
+
+__all__ = ["Factor", "NumericFactor", "Pool", "plain"]
+
+# Idle storages kept per scalar type and batch: fresh memory costs page faults at every step.
+_KEEP_IDLE = 4
+
+
+def plain(t: Tensor) -> Tensor:
+    """`t` as contiguous memory that holds its very numbers (no lazy conjugate or negative)."""
+    if t.is_conj():
+        t = t.resolve_conj()
+    if t.is_neg():
+        t = t.resolve_neg()
+    return t if t.is_contiguous() else t.contiguous()
+
+
+class NumericFactor:
+    """The factors of one batch of values. Immutable; its storage returns to the pool with the last reference.
+
+    Attributes:
+        batch_shape: batch dimensions of the values.
+        dtype: scalar type of the values.
+        failures: per matrix, why it has no factor; None where all have one.
+        failed: the same as a bool tensor of `batch_shape`, or None.
+    """
+
+    __slots__ = (
+        "__weakref__", "_copy", "_idle", "_stats", "batch_shape", "dtype", "failed", "failures", "n", "plan", "storage",
+    )  # fmt: skip
+
+    def __init__(
+        self, pool: Pool, n: int, storage: Storage, copy: ValuesCopy, idle: list[tuple[Storage, ValuesCopy]], values: Tensor
+    ):
+        self.plan = pool.plan
+        self.n = n
+        self.storage = storage
+        self.batch_shape = values.shape[:-1]
+        self.dtype = values.dtype
+        self.failures = storage.failures()
+        self.failed: Tensor | None = None
+        if self.failures is not None:
+            self.failed = torch.tensor([f is not None for f in self.failures]).view(self.batch_shape)
+        self._copy = copy
+        self._idle = idle
+        self._stats = pool.stats
+
+    def __del__(self) -> None:
+        if len(self._idle) < _KEEP_IDLE:
+            self._idle.append((self.storage, self._copy))
+
+    @property
+    def nbytes(self) -> int:
+        return self.storage.nbytes + self._copy.nbytes
+
+    def same_values(self, values: Tensor) -> bool:
+        """Whether these are the very values factorized here: shape, type and every bit."""
+        return (
+            values.shape[:-1] == self.batch_shape
+            and values.dtype == self.dtype
+            and self._copy.equals(values.data_ptr(), values.nbytes)
+        )
+
+    def solve(self, b: Tensor, vector: bool, adjoint: bool) -> Tensor:
+        """A^-1 b (adjoint: A^-H b) without derivatives; b is [*P, n] if vector, else [*P, n, k], P broadcast with the
+        batch. NaN where a matrix has no factor."""
+        own = 1 if vector else 2
+        lead, factors, index = b.shape[:-own], 0, None
+        if self.batch_shape and lead != self.batch_shape:
+            lead = torch.broadcast_shapes(lead, self.batch_shape)
+            b = b.expand(*lead, *b.shape[-own:])
+            index = torch.arange(self.storage.batch).view(self.batch_shape).expand(lead).contiguous()
+            factors = index.data_ptr()
+        b = plain(b)
+        x = torch.empty_like(b)
+        start = perf_counter()
+        self.storage.solve(
+            b.data_ptr(), x.data_ptr(), math.prod(lead), 1 if vector else b.shape[-1], factors, adjoint
+        )
+        stats = self._stats
+        stats.seconds["solve"] += perf_counter() - start
+        stats.solves += 1
+        return x
+
+    def info(self) -> Tensor:
+        """[*B; int32] 0, or 1 + the failing column in the caller's numbering, or -1 where values are not finite."""
+        info = torch.zeros(self.batch_shape, dtype=torch.int32)
+        if self.failures is not None:
+            flat = info.view(-1)
+            for e, failure in enumerate(self.failures):
+                if failure is not None:
+                    flat[e] = failure.column + 1 if self._copy.finite(e, self.storage.batch, DTYPE_CODES[self.dtype]) else -1
+        return info
+
+
+class Pool:
+    """Lends the numeric storage of one plan to one system and takes it back.
+
+    Args:
+        n: order of the matrix.
+        plan: the symbolic factor.
+        assembly: how this system's values get into its storage.
+        stats: the system's counters.
+    """
+
+    def __init__(self, n: int, plan: SymbolicFactor, assembly: Assembly, stats: Stats):
+        self.n = n
+        self.plan = plan
+        self.assembly = assembly
+        self.stats = stats
+        self._idle: dict[tuple[int, int], list[tuple[Storage, ValuesCopy]]] = {}
+        self._latest: weakref.ref[NumericFactor] | None = None
+        self._used = False
+
+    def factorize(self, values: Tensor, check: bool) -> NumericFactor:
+        """Factors contiguous `values` [*B, nnz] in storage that nobody else holds."""
+        dtype, batch = DTYPE_CODES[values.dtype], math.prod(values.shape[:-1])
+        idle = self._idle.setdefault((dtype, batch), [])
+        try:
+            storage, copy = idle.pop()
+        except IndexError:
+            storage, copy = self.plan.storage(dtype, batch), ValuesCopy()
+        latest = self._latest() if self._latest is not None else None
+        template = None
+        if latest is not None and latest.failures is None and latest.dtype == values.dtype:
+            template = latest.storage  # its pivots serve a storage that has none
+        start = perf_counter()
+        storage.factorize(self.assembly, values.data_ptr(), values.shape[-1], check, template)
+        copy.keep(values.data_ptr(), values.nbytes)
+        stats = self.stats
+        stats.seconds["factorize"] += perf_counter() - start
+        stats.factorizations += 1
+        stats.matrices += batch
+        stats.repivots += storage.repivots
+        if storage.refactorized and self._used:
+            stats.refactorizations += 1
+        self._used = True
+        factor = NumericFactor(self, self.n, storage, copy, idle, values)
+        self._latest = weakref.ref(factor)
+        return factor
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of idle storage."""
+        return sum(s.nbytes + c.nbytes for idle in self._idle.values() for s, c in idle)
+
+    def trim(self) -> None:
+        """Lets go of idle storage."""
+        for idle in self._idle.values():
+            idle.clear()
+
+
+class Factor:
+    """A factorization that the user holds: solves with it any number of times, differentiably in values and b.
+
+    Made by `SparseSystem.factorize`. It stays valid whatever the system does later. The values tensor is kept, because
+    the gradient flows to it; changed in place, it no longer is what was factorized and `solve` refuses.
+
+    Attributes:
+        info: [*B; int32] status of each matrix: 0, or k > 0 where column k (counted from 1) had no pivot,
+            or -1 where the values are not finite.
+        nnz: stored entries of one factor.
+    """
+
+    def __init__(self, solve: Callable[..., Tensor], numeric: NumericFactor | None, values: Tensor):
+        self._solve = solve
+        self._numeric = numeric
+        self._values = values
+        self._version = None if values.is_inference() else values._version
+
+    def __repr__(self) -> str:
+        if self._numeric is None:
+            return "Factor(inside a torch.func transform)"
+        return f"Factor(n={self._numeric.n}, batch={tuple(self._numeric.batch_shape)}, nnz={self.nnz}, dtype={self._numeric.dtype})"
+
+    @property
+    def info(self) -> Tensor:
+        return self._require().info()
+
+    @property
+    def nnz(self) -> int:
+        return self._require().plan.nnz
+
+    def _require(self) -> NumericFactor:
+        if self._numeric is None:
+            raise RuntimeError("inside a torch.func transform a factor has no data to look at; ask outside of it")
+        return self._numeric
+
+    def solve(self, b: Tensor, *, adjoint: bool = False) -> Tensor:
+        """x = A^-1 b, with adjoint=True x = A^-H b. Shapes, errors and gradients as `SparseSystem.solve`; no factorization.
+
+        Raises:
+            RuntimeError: the values were changed in place after `factorize`.
+        """
+        if self._version is not None and self._values._version != self._version:
+            raise RuntimeError(
+                "values were modified in place after factorize(): this factor belongs to the old ones. "
+                "Factorize again, or factorize a clone"
+            )
+        return self._solve(self._values, b, adjoint, self._numeric)
+
+
+def describe(failure: Failure, kind: str) -> str:
+    """What happened, for an error message."""
+    if failure.reason == "not positive definite":
+        return (
+            f"the matrix is not positive definite: the pivot of row and column {failure.column} (counted from 0) "
+            f"is not positive; if it is not meant to be, use kind='general' (or 'symmetric', 'hermitian')"
+        )
+    if failure.reason == "structurally singular":
+        return (
+            f"the matrix is structurally singular: no choice of pivots covers column {failure.column} (counted from 0), "
+            f"whatever the values; look for an empty row or column"
+        )
+    return f"the matrix is singular to working precision at column {failure.column} (counted from 0), kind={kind!r}"
+

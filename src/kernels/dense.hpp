@@ -1,0 +1,227 @@
+// Dense kernels of one front. Everything is column-major; only the lower triangle is meaningful.
+//
+// One register tile does all the work: C -= A * conj(B)^T for a few vectors of rows of A and a few rows of B. Both
+// operands are columns of the panel itself, or packed copies that differ only in their strides.
+#pragma once
+#include "vector.hpp"
+
+namespace spcache {
+namespace {
+
+constexpr int TILE_VECTORS = 3;                  // vectors of rows in a full tile
+constexpr int64_t BLOCK = 128;                   // pivots eliminated before the rest of a large front is updated
+constexpr int64_t PACK_FROM = 160;               // rows of a front from which packing pays
+constexpr int64_t STRIP = 10;                    // packed tiles of rows that stay in the second-level cache
+template <class T> constexpr int64_t TILE_ROWS = TILE_VECTORS * W<T>;
+template <class T> constexpr int NB = W<T> == 1 ? 2 : TILE_COLUMNS;
+
+// A factorized diagonal block, for the rows below it: L(c, p) for p < c, and the reciprocals of the diagonal.
+template <class T>
+struct Diagonal {
+  T lower[TILE_COLUMNS][TILE_COLUMNS];
+  Real<T> reciprocal[TILE_COLUMNS];
+};
+
+// C[rows, NR] -= A[rows, depth] * conj(B[NR, depth])^T; `rows` fills MV vectors but for the lanes missing in the last.
+// With a diagonal block the result is multiplied by its inverse conjugate transpose from the right: X = C L^-H.
+template <class T, int MV, int NR, bool SOLVE>
+inline __attribute__((always_inline)) void tile(const T* A, int64_t lda, const T* B, int64_t ldb, int64_t depth, T* C,
+                                                int64_t ldc, int rows, const Diagonal<T>* diagonal) {
+  constexpr int w = W<T>;
+  V<T> sum[MV][NR];
+  for (int v = 0; v < MV; v++)
+    for (int c = 0; c < NR; c++) sum[v][c] = broadcast(T(0));
+  const int last = rows - (MV - 1) * w;  // lanes of the last vector
+  const bool partial = last < w;
+  if (!partial) {
+    for (int64_t p = 0; p < depth; p++, A += lda, B += ldb) {
+      V<T> a[MV];
+      for (int v = 0; v < MV; v++) a[v] = load(A + v * w);
+      for (int c = 0; c < NR; c++) {
+        V<T> b = broadcast(conj(B[c]));
+        for (int v = 0; v < MV; v++) sum[v][c] += a[v] * b;
+      }
+    }
+  } else {
+    for (int64_t p = 0; p < depth; p++, A += lda, B += ldb) {
+      V<T> a[MV];
+      for (int v = 0; v < MV - 1; v++) a[v] = load(A + v * w);
+      a[MV - 1] = load_part(A + (MV - 1) * w, last);
+      for (int c = 0; c < NR; c++) {
+        V<T> b = broadcast(conj(B[c]));
+        for (int v = 0; v < MV; v++) sum[v][c] += a[v] * b;
+      }
+    }
+  }
+  for (int v = 0; v < MV; v++) {
+    const bool part = partial && v == MV - 1;
+    for (int c = 0; c < NR; c++) {
+      V<T> x = part ? load_part(C + c * ldc + v * w, last) : load(C + c * ldc + v * w);
+      sum[v][c] = x - sum[v][c];
+    }
+    if constexpr (SOLVE)
+      for (int c = 0; c < NR; c++) {
+        for (int p = 0; p < c; p++) sum[v][c] -= sum[v][p] * broadcast(conj(diagonal->lower[c][p]));
+        sum[v][c] = broadcast(T(diagonal->reciprocal[c])) * sum[v][c];
+      }
+    for (int c = 0; c < NR; c++) {
+      if (part) store_part(C + c * ldc + v * w, sum[v][c], last);
+      else store(C + c * ldc + v * w, sum[v][c]);
+    }
+  }
+}
+
+// The tile for `rows` <= TILE_ROWS rows.
+template <class T, int NR, bool SOLVE>
+void tile_rows(const T* A, int64_t lda, const T* B, int64_t ldb, int64_t depth, T* C, int64_t ldc, int64_t rows,
+               const Diagonal<T>* diagonal) {
+  if (rows > 2 * W<T>) tile<T, 3, NR, SOLVE>(A, lda, B, ldb, depth, C, ldc, int(rows), diagonal);
+  else if (rows > W<T>) tile<T, 2, NR, SOLVE>(A, lda, B, ldb, depth, C, ldc, int(rows), diagonal);
+  else tile<T, 1, NR, SOLVE>(A, lda, B, ldb, depth, C, ldc, int(rows), diagonal);
+}
+
+// The same for `columns` <= NB<T> rows of B.
+template <class T, bool SOLVE>
+void tile_any(int columns, const T* A, int64_t lda, const T* B, int64_t ldb, int64_t depth, T* C, int64_t ldc,
+              int64_t rows, const Diagonal<T>* diagonal) {
+  static_assert(TILE_COLUMNS <= 8 && TILE_ROWS<T> >= NB<T>);
+  switch (columns) {
+    case 1: return tile_rows<T, 1, SOLVE>(A, lda, B, ldb, depth, C, ldc, rows, diagonal);
+    case 2: return tile_rows<T, 2, SOLVE>(A, lda, B, ldb, depth, C, ldc, rows, diagonal);
+    case 3: return tile_rows<T, 3, SOLVE>(A, lda, B, ldb, depth, C, ldc, rows, diagonal);
+    case 4: return tile_rows<T, 4, SOLVE>(A, lda, B, ldb, depth, C, ldc, rows, diagonal);
+#if defined(__AVX512F__)
+    case 5: return tile_rows<T, 5, SOLVE>(A, lda, B, ldb, depth, C, ldc, rows, diagonal);
+    case 6: return tile_rows<T, 6, SOLVE>(A, lda, B, ldb, depth, C, ldc, rows, diagonal);
+    case 7: return tile_rows<T, 7, SOLVE>(A, lda, B, ldb, depth, C, ldc, rows, diagonal);
+    case 8: return tile_rows<T, 8, SOLVE>(A, lda, B, ldb, depth, C, ldc, rows, diagonal);
+#endif
+  }
+}
+
+// C[rows, columns] -= A * conj(A[0:columns])^T on and below the diagonal, straight from the panel.
+template <class T>
+void update_small(const T* A, int64_t lda, int64_t rows, int64_t columns, int64_t depth, T* C, int64_t ldc) {
+  for (int64_t j = 0; j < columns; j += NB<T>) {
+    int nr = int(columns - j < NB<T> ? columns - j : NB<T>);
+    for (int64_t i = j; i < rows; i += TILE_ROWS<T>) {
+      int64_t r = rows - i < TILE_ROWS<T> ? rows - i : TILE_ROWS<T>;
+      tile_any<T, false>(nr, A + i, lda, A + j, lda, depth, C + i + j * ldc, ldc, r, nullptr);
+    }
+  }
+}
+
+// Copies A[rows, depth] into tiles of `height` rows, contiguous over the depth, zero below the last row.
+template <class T>
+void pack(const T* A, int64_t lda, int64_t rows, int64_t depth, int64_t height, T* packed) {
+  for (int64_t i = 0; i < rows; i += height) {
+    int64_t r = rows - i < height ? rows - i : height;
+    for (int64_t p = 0; p < depth; p++, packed += height) {
+      memcpy(packed, A + i + p * lda, size_t(r) * sizeof(T));
+      for (int64_t t = r; t < height; t++) packed[t] = T(0);
+    }
+  }
+}
+
+// Rows packed once for the updates of a large front: by tiles of rows, and by tiles of columns.
+template <class T>
+struct Packed {
+  const T *rows, *columns;
+  int64_t count, depth;  // rows packed, depth of the product
+};
+
+template <class T>
+Packed<T> pack_both(const T* A, int64_t lda, int64_t rows, int64_t depth, T* memory) {
+  pack(A, lda, rows, depth, TILE_ROWS<T>, memory);
+  T* columns = memory + (rows + TILE_ROWS<T> - 1) / TILE_ROWS<T> * TILE_ROWS<T> * depth;
+  pack(A, lda, rows, depth, NB<T>, columns);
+  return {memory, columns, rows, depth};
+}
+
+// C(i, j) -= A(i) . conj(A(j)) for columns j in [from, to), rows i >= j (or a few more above, to keep tiles whole);
+// C points at the entry (0, 0) of the numbering that the packed rows have. `from` is a multiple of NB.
+template <class T>
+void update_packed(const Packed<T>& A, int64_t from, int64_t to, T* C, int64_t ldc) {
+  const int64_t height = TILE_ROWS<T>, strip = STRIP * height;
+  for (int64_t top = from / height * height; top < A.count; top += strip) {
+    int64_t bottom = top + strip < A.count ? top + strip : A.count;
+    for (int64_t j = from; j < to && j < bottom; j += NB<T>) {
+      int nr = int(to - j < NB<T> ? to - j : NB<T>);
+      int64_t i = j / height * height;
+      for (i = i > top ? i : top; i < bottom; i += height) {
+        int64_t r = A.count - i < height ? A.count - i : height;
+        tile_any<T, false>(nr, A.rows + i * A.depth, height, A.columns + j * A.depth, NB<T>, A.depth, C + i + j * ldc, ldc,
+                           r, nullptr);
+      }
+    }
+  }
+}
+
+// Cholesky of one diagonal block of nb <= NB columns. Stores L below the diagonal and the reciprocal pivots on it.
+// Returns 0, or 1 + the column whose pivot is not positive (a NaN is not).
+template <class T>
+int factor_diagonal(T* P, int64_t ld, int nb, Diagonal<T>& diagonal) {
+  for (int c = 0; c < nb; c++) {
+    Real<T> pivot = real(P[c + c * ld]);
+    for (int p = 0; p < c; p++) {
+      T l = diagonal.lower[c][p];
+      pivot -= real(l * conj(l));
+    }
+    if (!(pivot > 0) || pivot > Real<T>(sizeof(Real<T>) == 4 ? __FLT_MAX__ : __DBL_MAX__)) return c + 1;
+    Real<T> reciprocal = Real<T>(1) / square_root(pivot);
+    diagonal.reciprocal[c] = reciprocal;
+    P[c + c * ld] = T(reciprocal);
+    for (int i = c + 1; i < nb; i++) {
+      T x = P[i + c * ld];
+      for (int p = 0; p < c; p++) x -= diagonal.lower[i][p] * conj(diagonal.lower[c][p]);
+      x = reciprocal * x;
+      diagonal.lower[i][c] = x;
+      P[i + c * ld] = x;
+    }
+  }
+  return 0;
+}
+
+// Cholesky of the k leading columns of P [m, k], left-looking by blocks of NB columns.
+template <class T>
+int64_t factor_panel(T* P, int64_t m, int64_t k, int64_t ld) {
+  Diagonal<T> diagonal;
+  for (int64_t j = 0; j < k; j += NB<T>) {
+    int nb = int(k - j < NB<T> ? k - j : NB<T>);
+    T* D = P + j + j * ld;
+    if (j) update_small(P + j, ld, nb, nb, j, D, ld);
+    if (int bad = factor_diagonal(D, ld, nb, diagonal)) return j + bad;
+    for (int64_t i = j + nb; i < m; i += TILE_ROWS<T>) {
+      int64_t r = m - i < TILE_ROWS<T> ? m - i : TILE_ROWS<T>;
+      tile_any<T, true>(nb, P + i, ld, P + j, ld, j, P + i + j * ld, ld, r, &diagonal);
+    }
+  }
+  return 0;
+}
+
+// Partial Cholesky of a front: the panel P [m, k] becomes the factor, the update matrix U [m-k, m-k] is reduced by
+// L21 L21^H. Returns 0, or 1 + the column whose pivot is not positive.
+template <class T>
+int64_t factor_front(T* P, int64_t m, int64_t k, T* U, T* memory) {
+  const int64_t u = m - k;
+  if (m < PACK_FROM || W<T> == 1) {
+    if (int64_t bad = factor_panel(P, m, k, m)) return bad;
+    update_small(P + k, m, u, u, k, U, u);
+    return 0;
+  }
+  for (int64_t J = 0; J < k; J += BLOCK) {
+    const int64_t kb = k - J < BLOCK ? k - J : BLOCK, next = J + kb, rest = m - next;
+    if (int64_t bad = factor_panel(P + J + J * m, m - J, kb, m)) return J + bad;
+    if (!rest) break;
+    if (next < k) {  // later columns of the panel
+      Packed<T> A = pack_both(P + next + J * m, m, rest, kb, memory);
+      update_packed(A, 0, k - next, P + next + next * m, m);
+    }
+    Packed<T> A = pack_both(P + k + J * m, m, u, kb, memory);
+    update_packed(A, 0, u, U, u);
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace spcache

@@ -1,0 +1,446 @@
+// The KLU engine: one analysis per plan, one klu_numeric per matrix.
+//
+// KLU (SuiteSparse, LGPL, linked as a shared library) factors R^-1 P A Q = L U + F: R scales the rows to a largest
+// entry of 1, Q and the blocks come from the analysis, P from partial pivoting, F is what lies above the blocks.
+// `klu_factor` chooses pivots; `klu_refactor` uses them again for new values; KLU itself cannot copy a factor.
+// All numbers are double or complex double here: float32 and complex64 are converted at the door.
+#pragma once
+#include <float.h>
+#include <klu.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <algorithm>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "assembly.hpp"
+
+namespace spcache {
+
+// The diagonal is preferred as pivot down to this part of the largest entry of its column. KLU's own 0.001 leaves
+// scaled residuals of up to 2e8 eps on the interior-point matrices under tests/data; 0.3 leaves 40 eps and costs
+// circuits and power grids a few percent of fill.
+constexpr double PIVOT_TOLERANCE = 0.3;
+
+// Old pivots are trusted while the reciprocal pivot growth is either good in itself or not far below that of the last
+// fresh factor (fresh ones reach 0.02 at worst on the real matrices): scaled residuals then stay within about 300 eps.
+// A smallest pivot that has fallen much further than the largest is a second, cruder reason for fresh ones.
+constexpr double GROWTH_GOOD = 1e-2, GROWTH_LOSS = 0.1, RCOND_LOSS = 1e-3;
+
+// Singular to working precision: a pivot so far below its own column of A that only rounding is left of it, confirmed
+// by condest > 1/eps. Ratios found: at least 1e-8 in real matrices with condition numbers up to 1e16 (which condest
+// alone would refuse), at most 1e-11 in singular ones.
+constexpr double WEAK_PIVOT = 1e-10;
+
+// The functions of KLU by index type (32-bit, or wide) ...
+template <bool wide> struct KluIndex;
+#define SPCACHE_KLU_INDEX(WIDE, PREFIX, MAXTRANS)                                                        \
+  template <> struct KluIndex<WIDE> {                                                                    \
+    using Common = PREFIX##common;                                                                       \
+    using Symbolic = PREFIX##symbolic;                                                                   \
+    using Numeric = PREFIX##numeric;                                                                     \
+    using Int = decltype(Symbolic::n); /* SuiteSparse_long or int64_t, as the version has it */          \
+    static constexpr auto* defaults = PREFIX##defaults;                                                  \
+    static constexpr auto* analyze = PREFIX##analyze;                                                    \
+    static constexpr auto* free_symbolic = PREFIX##free_symbolic;                                        \
+    static constexpr auto* maxtrans = MAXTRANS;                                                          \
+    static constexpr auto* allocate = PREFIX##malloc;                                                    \
+  };
+SPCACHE_KLU_INDEX(false, klu_, btf_maxtrans)
+SPCACHE_KLU_INDEX(true, klu_l_, btf_l_maxtrans)
+#undef SPCACHE_KLU_INDEX
+
+// ... and by number type too.
+template <bool wide, class T> struct Klu;
+#define SPCACHE_KLU(WIDE, NUMBER, PREFIX)                                                                \
+  template <> struct Klu<WIDE, NUMBER> : KluIndex<WIDE> {                                                \
+    static constexpr auto* factor = PREFIX##factor;                                                      \
+    static constexpr auto* refactor = PREFIX##refactor;                                                  \
+    static constexpr auto* solve = PREFIX##solve;                                                        \
+    static constexpr auto* tsolve = PREFIX##tsolve;                                                      \
+    static constexpr auto* rgrowth = PREFIX##rgrowth;                                                    \
+    static constexpr auto* condest = PREFIX##condest;                                                    \
+    static constexpr auto* free_numeric = PREFIX##free_numeric;                                          \
+  };
+SPCACHE_KLU(false, double, klu_)
+SPCACHE_KLU(false, Complex<double>, klu_z_)
+SPCACHE_KLU(true, double, klu_l_)
+SPCACHE_KLU(true, Complex<double>, klu_zl_)
+#undef SPCACHE_KLU
+
+// The factors of one batch of values. Types are erased: what remains is batch, sizes and addresses.
+class Factors {
+ public:
+  std::vector<int64_t> failed;  // [batch] column at which the matrix failed, -1: it has a factor
+  int64_t failures = 0;         // how many have none
+  int64_t kept = 0;             // how many kept pivots chosen for earlier values, in the last factorize
+  int64_t repivots = 0;         // how many were factorized anew because those failed
+
+  virtual ~Factors() = default;
+  // Factors values [batch, nnz of the assembly]; `donor`, if any, lends pivots to matrices that have none. Returns
+  // KLU_OK, or KLU's negative status: then the matrices not reached have failed. work is work_bytes() of scratch.
+  virtual int factorize(const Assembly&, const void* values, bool check, const Factors* donor, void* work) = 0;
+  // x[p] = A[select[p]]^-1 b[p], adjoint: A^-H, for p < count, row-major [count, n, width]; select null: p, or 0 if
+  // the batch is 1. Writes nothing but x and work: any number of threads may solve at once.
+  virtual void solve(const void* b, void* x, int64_t count, int64_t width, const int64_t* select, bool adjoint,
+                     void* work) const = 0;
+  virtual int64_t work_bytes() const = 0;
+  virtual int64_t nbytes() const = 0;
+  virtual int64_t nnz() const = 0;  // of the largest factor, 0 where there is none
+};
+
+// The analysis of one canonical structure, immutable once built.
+class Analysis {
+ public:
+  int64_t n, rank;    // order, and structural rank: below n the matrix is singular whatever its values
+  int64_t unmatched;  // a column that no row is left for, -1 where rank = n
+  int64_t nnz;        // entries of the factor; those of A where the ordering predicts none
+  double flops;       // of one factorization, -1 where the ordering predicts none
+
+  virtual ~Analysis() = default;
+  virtual Factors* factors(Dtype, int64_t batch) const = 0;
+  virtual Analysis* widened(int* status) const = 0;  // the same with 64-bit indices
+  virtual int64_t nbytes() const = 0;
+};
+
+template <bool wide>
+class AnalysisOf final : public Analysis {
+ public:
+  using K = KluIndex<wide>;
+  using Int = typename K::Int;
+  std::vector<Int> indptr;                      // [n + 1]
+  std::vector<Int> indices;                     // [nnz(A)]
+  typename K::Common common;                    // options; every call works on a copy
+  typename K::Symbolic* symbolic = nullptr;     // owned
+
+  template <class P, class R>
+  AnalysisOf(int64_t order, const P* Ap, const R* Ai, int ordering) : indptr(Ap, Ap + order + 1), indices(Ai, Ai + Ap[order]) {
+    K::defaults(&common);
+    common.tol = PIVOT_TOLERANCE;
+    common.ordering = ordering;
+    n = order;
+    rank = order;
+    unmatched = -1;
+    symbolic = K::analyze(Int(n), indptr.data(), indices.data(), &common);
+    if (!symbolic) return;
+    bool predicted = ordering == 0;
+    flops = predicted ? symbolic->est_flops : -1;
+    nnz = predicted ? int64_t(symbolic->lnz + symbolic->unz) - n + symbolic->nzoff : int64_t(indices.size());
+    if (ordering == 2 || symbolic->structural_rank < n) match();
+    estimate_blocks();
+  }
+  ~AnalysisOf() override { K::free_symbolic(&symbolic, &common); }
+  AnalysisOf(const AnalysisOf&) = delete;
+
+  Factors* factors(Dtype dtype, int64_t batch) const override;
+  Analysis* widened(int* status) const override;
+  int64_t nbytes() const override {
+    return int64_t(sizeof *this + sizeof *symbolic) + int64_t(sizeof(Int)) * int64_t(4 * n + 2 + indices.size()) + 8 * n;
+  }
+
+ private:
+  // A maximum matching of columns to rows, for the structural rank and a column that is left over.
+  void match() {
+    std::vector<Int> column_of(n), work(5 * n);
+    double effort;
+    rank = K::maxtrans(Int(n), Int(n), indptr.data(), indices.data(), 0, &effort, column_of.data(), work.data());
+    if (rank == n) return;
+    std::vector<bool> matched(n, false);
+    for (Int j : column_of)
+      if (j >= 0) matched[j] = true;
+    unmatched = std::find(matched.begin(), matched.end(), false) - matched.begin();
+  }
+  // klu_factor writes its own fill into Lnz where the ordering predicted none. Threads share Lnz: give it the size
+  // that klu_factor would have begun with.
+  void estimate_blocks() {
+    for (Int b = 0; b < symbolic->nblocks; b++) {
+      if (symbolic->Lnz[b] >= 0) continue;
+      double entries = 0;
+      for (Int k = symbolic->R[b]; k < symbolic->R[b + 1]; k++)
+        entries += double(indptr[symbolic->Q[k] + 1] - indptr[symbolic->Q[k]]);
+      symbolic->Lnz[b] = common.initmem / common.initmem_amd * entries;
+    }
+  }
+};
+
+// Analyzes a CSC structure (indptr [n + 1], indices [indptr[n]]; n > 0). ordering: 0 AMD, 1 COLAMD, 2 natural, each
+// inside the blocks of the block triangular form. Null, and KLU's status, where that fails.
+inline Analysis* analyze(int64_t n, const int64_t* indptr, const int32_t* indices, int ordering, bool wide, int* status) {
+  constexpr int64_t LIMIT = int64_t(1) << 28;  // entries of A and of L below which 32-bit indices suffice
+  if (!wide && indptr[n] + n < LIMIT) {
+    auto narrow = std::make_unique<AnalysisOf<false>>(n, indptr, indices, ordering);
+    *status = narrow->common.status;
+    if (*status == KLU_INVALID) return nullptr;
+    if (narrow->symbolic && (ordering != 0 || (narrow->symbolic->lnz >= 0 && narrow->symbolic->lnz < LIMIT)))
+      return narrow.release();
+  }
+  auto large = std::make_unique<AnalysisOf<true>>(n, indptr, indices, ordering);
+  *status = int(large->common.status);
+  return large->symbolic ? large.release() : nullptr;
+}
+
+template <bool wide>
+Analysis* AnalysisOf<wide>::widened(int* status) const {
+  auto large = std::make_unique<AnalysisOf<true>>(n, indptr.data(), indices.data(), int(common.ordering));
+  *status = int(large->common.status);
+  return large->symbolic ? large.release() : nullptr;
+}
+
+template <class S> struct Working { using type = double; };
+template <class R> struct Working<Complex<R>> { using type = Complex<double>; };
+
+// S: the caller's scalar type.
+template <bool wide, class S>
+class FactorsOf final : public Factors {
+  using T = typename Working<S>::type;
+  using K = Klu<wide, T>;
+  using Int = typename K::Int;
+  using Numeric = typename K::Numeric;
+  using Common = typename K::Common;
+
+  struct Factor {
+    Numeric* numeric = nullptr;     // owned; null: no pivots yet
+    double growth = 0, rcond = 0;   // of the last factorization with fresh pivots
+  };
+  struct Pivots {
+    double smallest, rcond;  // min |u_kk|, min |u_kk| / max |u_kk| (0 where one is not finite)
+  };
+  const AnalysisOf<wide>& plan;  // outlives this
+  std::vector<Factor> matrices;  // [batch]
+
+ public:
+  FactorsOf(const AnalysisOf<wide>& analysis, int64_t batch) : plan(analysis), matrices(batch) { failed.assign(batch, 0); }
+  ~FactorsOf() override {
+    for (Factor& f : matrices) release(f);
+  }
+  FactorsOf(const FactorsOf&) = delete;
+
+  int64_t work_bytes() const override {  // the values of A; or for 4 columns, X of KLU and the right-hand sides
+    return int64_t(sizeof(T)) * std::max(int64_t(plan.indices.size()), 8 * plan.n);
+  }
+  int64_t nnz() const override {
+    int64_t most = 0;
+    for (const Factor& f : matrices)
+      if (f.numeric) most = std::max(most, int64_t(f.numeric->lnz) + f.numeric->unz + f.numeric->nzoff - plan.n);
+    return most;
+  }
+  int64_t nbytes() const override {
+    size_t total = sizeof *this + matrices.size() * (sizeof(Factor) + sizeof(int64_t));
+    for (const Factor& f : matrices)
+      if (f.numeric) each_array(*f.numeric, [&](const auto&, size_t count, size_t size) { total += count * size; });
+    return int64_t(total);
+  }
+
+  int factorize(const Assembly& assembly, const void* values, bool check, const Factors* donor, void* work) override {
+    const auto* lender = dynamic_cast<const FactorsOf*>(donor);  // null too where its indices have another size
+    T* A = static_cast<T*>(work);
+    kept = repivots = 0;
+    failures = int64_t(matrices.size());
+    failed.assign(matrices.size(), std::max<int64_t>(plan.unmatched, 0));
+    if (plan.unmatched >= 0) return KLU_OK;
+    for (size_t e = 0; e < matrices.size(); e++) {
+      memset(work, 0, sizeof(T) * plan.indices.size());
+      assemble(assembly, 0, static_cast<const S*>(values) + e * assembly.nnz, A);
+      int status = factorize(matrices[e], lender ? &lender->matrices[e % lender->matrices.size()] : nullptr, A, check, &failed[e]);
+      if (status < KLU_OK) return status;
+      if (failed[e] < 0) failures--;
+    }
+    return KLU_OK;
+  }
+
+  void solve(const void* b, void* x, int64_t count, int64_t width, const int64_t* select, bool adjoint,
+             void* work) const override {
+    auto factor_of = [&](int64_t p) { return select ? select[p] : matrices.size() == 1 ? 0 : p; };
+    for (int64_t p = 0, next; p < count; p = next) {
+      int64_t f = factor_of(p);
+      for (next = p + 1; next < count && factor_of(next) == f;) next++;
+      const S* from = static_cast<const S*>(b) + p * plan.n * width;
+      S* to = static_cast<S*>(x) + p * plan.n * width;
+      if (failed[f] >= 0)
+        memset(to, 0xff, sizeof(S) * size_t((next - p) * plan.n * width));  // a NaN in every scalar type
+      else
+        solve(*matrices[f].numeric, from, to, next - p, width, adjoint, static_cast<T*>(work));
+    }
+  }
+
+ private:
+  static double* numbers(const T* a) { return reinterpret_cast<double*>(const_cast<T*>(a)); }  // KLU only reads A
+  Int* Ap() const { return const_cast<Int*>(plan.indptr.data()); }
+  Int* Ai() const { return const_cast<Int*>(plan.indices.data()); }
+  const T* diagonal(const Numeric& N) const { return static_cast<const T*>(N.Udiag); }
+
+  void release(Factor& f) {
+    Common common = plan.common;
+    K::free_numeric(&f.numeric, &common);
+  }
+
+  // Factors one matrix; *column becomes -1, or the column at which it failed. Returns a status of KLU.
+  int factorize(Factor& f, const Factor* donor, const T* A, bool check, int64_t* column) {
+    Common common = plan.common;
+    if (!f.numeric && donor && donor->numeric) {
+      f = {copy(*donor->numeric, common), donor->growth, donor->rcond};
+      if (!f.numeric) return KLU_OUT_OF_MEMORY;
+    }
+    if (f.numeric) {
+      bool complete = K::refactor(Ap(), Ai(), numbers(A), plan.symbolic, f.numeric, &common);
+      if (common.status < KLU_OK) return int(common.status);
+      if (complete && old_pivots_hold(f, A, check, common)) {
+        kept++;
+        *column = -1;
+        return KLU_OK;
+      }
+      release(f);
+      repivots++;
+    }
+    f.numeric = K::factor(Ap(), Ai(), numbers(A), plan.symbolic, &common);
+    if (!f.numeric) {
+      if (common.status == KLU_SINGULAR) *column = common.singular_col;  // numbered as the caller does
+      return int(common.status);
+    }
+    Pivots pivots = look_at(*f.numeric);
+    f.rcond = pivots.rcond;
+    f.growth = growth(*f.numeric, A, common);
+    *column = check ? singular_column(*f.numeric, pivots, A, common) : -1;
+    if (*column >= 0) release(f);
+    return KLU_OK;
+  }
+
+  // After klu_refactor, which does not look at blocks of one row. check = false: only a zero pivot counts.
+  bool old_pivots_hold(const Factor& f, const T* A, bool check, Common& common) const {
+    Pivots pivots = look_at(*f.numeric);
+    if (!check) return pivots.smallest != 0;
+    return f.rcond > 0 && pivots.rcond >= RCOND_LOSS * f.rcond &&
+           growth(*f.numeric, A, common) >= std::min(GROWTH_GOOD, GROWTH_LOSS * f.growth) &&
+           singular_column(*f.numeric, pivots, A, common) < 0;
+  }
+
+  Pivots look_at(const Numeric& N) const {
+    double smallest = INFINITY, largest = 0;
+    bool finite = true;
+    for (int64_t k = 0; k < plan.n; k++) {
+      double u = abs(diagonal(N)[k]);
+      finite &= u <= DBL_MAX;
+      if (u < smallest) smallest = u;
+      if (u > largest) largest = u;
+    }
+    return {smallest, finite ? smallest / largest : 0};
+  }
+
+  double growth(Numeric& N, const T* A, Common& common) const {
+    K::rgrowth(Ap(), Ai(), numbers(A), plan.symbolic, &N, &common);
+    return common.rgrowth;
+  }
+
+  // The column with the weakest pivot where A is singular to working precision, else -1. Pivots: see WEAK_PIVOT.
+  int64_t singular_column(Numeric& N, const Pivots& pivots, const T* A, Common& common) const {
+    if (pivots.rcond > 0 && pivots.smallest >= WEAK_PIVOT) return -1;  // no entry of R^-1 A exceeds 1
+    const auto& s = *plan.symbolic;
+    double weakest = INFINITY;
+    int64_t column = -1;
+    for (Int block = 0; block < s.nblocks; block++) {
+      for (Int k = s.R[block]; k < s.R[block + 1]; k++) {
+        double top = 0;  // largest entry of the column in its block of R^-1 P A Q
+        for (Int p = plan.indptr[s.Q[k]]; p < plan.indptr[s.Q[k] + 1]; p++) {
+          Int row = N.Pinv[plan.indices[p]];
+          if (row >= s.R[block]) top = std::max(top, abs(A[p]) / N.Rs[row]);
+        }
+        double ratio = abs(diagonal(N)[k]) / top;
+        if (!(ratio <= DBL_MAX)) ratio = 0;
+        if (ratio < weakest) weakest = ratio, column = s.Q[k];
+      }
+    }
+    if (pivots.rcond == 0) return column;  // overflow
+    if (weakest >= WEAK_PIVOT) return -1;
+    K::condest(Ap(), numbers(A), plan.symbolic, &N, &common);
+    return common.condest <= 1 / DBL_EPSILON ? -1 : column;
+  }
+
+  // Solves for `count` blocks of right-hand sides [n, width] with one factor.
+  void solve(const Numeric& N, const S* b, S* x, int64_t count, int64_t width, bool adjoint, T* work) const {
+    const int64_t n = plan.n, columns = count * width;
+    Common common = plan.common;
+    Numeric own = N;  // shares every array but the one that klu_solve writes
+    own.Xwork = work;
+    auto run = [&](T* X, int64_t nrhs) {
+      if (!adjoint)
+        K::solve(plan.symbolic, &own, Int(n), Int(nrhs), numbers(X), &common);
+      else if constexpr (std::is_same_v<T, double>)
+        K::tsolve(plan.symbolic, &own, Int(n), Int(nrhs), X, &common);
+      else
+        K::tsolve(plan.symbolic, &own, Int(n), Int(nrhs), numbers(X), 1, &common);
+    };
+    if constexpr (std::is_same_v<S, T>) {
+      if (width == 1) {  // columns lie one after the other already
+        memcpy(x, b, sizeof(T) * size_t(n * count));
+        for (int64_t c = 0; c < columns; c += 4096) run(x + c * n, std::min<int64_t>(4096, columns - c));
+        return;
+      }
+    }
+    T* rhs = work + 4 * n;  // [4, n], column-major
+    for (int64_t c = 0; c < columns; c += 4) {  // KLU takes four columns at once
+      const int64_t nrhs = std::min<int64_t>(4, columns - c);
+      int64_t at[4];  // where each column begins in b and x
+      for (int64_t r = 0; r < nrhs; r++) at[r] = (c + r) / width * n * width + (c + r) % width;
+      for (int64_t r = 0; r < nrhs; r++)
+        for (int64_t i = 0; i < n; i++) rhs[r * n + i] = T(b[at[r] + i * width]);
+      run(rhs, nrhs);
+      for (int64_t r = 0; r < nrhs; r++)
+        for (int64_t i = 0; i < n; i++) x[at[r] + i * width] = S(rhs[r * n + i]);
+    }
+  }
+
+  // Calls visit(pointer, count, size of one) for every array of a klu_numeric, as klu_free_numeric frees them.
+  template <class N, class F>
+  static void each_array(N& numeric, F visit) {
+    const size_t n = size_t(numeric.n), off = size_t(numeric.nzoff) + 1, blocks = size_t(numeric.nblocks);
+    visit(numeric.Pnum, n, sizeof(Int));
+    visit(numeric.Pinv, n, sizeof(Int));
+    visit(numeric.Lip, n, sizeof(Int));
+    visit(numeric.Uip, n, sizeof(Int));
+    visit(numeric.Llen, n, sizeof(Int));
+    visit(numeric.Ulen, n, sizeof(Int));
+    visit(numeric.Offp, n + 1, sizeof(Int));
+    visit(numeric.Offi, off, sizeof(Int));
+    visit(numeric.Offx, off, sizeof(T));
+    visit(numeric.Udiag, n, sizeof(T));
+    visit(numeric.Rs, n, sizeof(double));
+    visit(numeric.Work, numeric.worksize, size_t(1));
+    visit(numeric.LUsize, blocks, sizeof(size_t));
+    visit(numeric.LUbx, blocks, sizeof(void*));
+    for (size_t b = 0; b < blocks; b++)
+      if (numeric.LUbx && numeric.LUbx[b]) visit(numeric.LUbx[b], numeric.LUsize[b], sizeof(T));  // blocks of one row: null
+  }
+
+  // A klu_numeric that owns copies of every array of `from`; null where memory runs out.
+  static Numeric* copy(const Numeric& from, Common& common) {
+    auto* to = static_cast<Numeric*>(K::allocate(1, sizeof(Numeric), &common));
+    if (!to) return nullptr;
+    *to = from;
+    bool complete = true;
+    each_array(*to, [&](auto& array, size_t count, size_t size) {
+      const void* source = array;
+      void* target = complete ? K::allocate(count, size, &common) : nullptr;
+      array = static_cast<std::remove_reference_t<decltype(array)>>(target);
+      complete &= target != nullptr;
+      if (target && source != from.Work) memcpy(target, source, count * size);
+    });
+    to->Xwork = to->Work;
+    to->Iwork = reinterpret_cast<Int*>(static_cast<T*>(to->Work) + to->n);
+    if (!complete) K::free_numeric(&to, &common);  // arrays not reached are null
+    return to;
+  }
+};
+
+template <bool wide>
+Factors* AnalysisOf<wide>::factors(Dtype dtype, int64_t batch) const {
+  switch (dtype) {
+    case FLOAT32: return new FactorsOf<wide, float>(*this, batch);
+    case FLOAT64: return new FactorsOf<wide, double>(*this, batch);
+    case COMPLEX64: return new FactorsOf<wide, Complex<float>>(*this, batch);
+    default: return new FactorsOf<wide, Complex<double>>(*this, batch);
+  }
+}
+
+}  // namespace spcache

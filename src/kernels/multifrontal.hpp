@@ -1,0 +1,56 @@
+// What the numeric kernels share with the analysis: one plain struct of pointers, one table of functions.
+// The kernels are compiled once per instruction set and therefore see no standard library header.
+#pragma once
+#include <stdint.h>
+
+#include "assembly.hpp"
+
+namespace spcache {
+
+// A stretch of rows of an update matrix that is contiguous in the parent's front too.
+struct Run {
+  int32_t from;    // first row in the update matrix
+  int32_t to;      // first row in the parent's front
+  int32_t length;
+};
+
+// The assembly tree of one canonical structure. Supernode s owns columns first[s] .. first[s+1] of the factor.
+// Its front has m = k + (row[s+1] - row[s]) rows: the k pivots and the rows listed. The panel, m x k and column-major,
+// is the factor itself; the update matrix, (m-k) x (m-k), lives on one of two stacks until the parent has added it:
+// those of even depth on one, of odd depth on the other, so that children never lie where their parent is built.
+struct Tree {
+  int32_t n;                // order of the matrix
+  int32_t supernodes;
+  const int32_t* perm;      // [n]              original index of pivot k
+  const int32_t* first;     // [supernodes + 1] first column
+  const int64_t* row;       // [supernodes + 1] into rows
+  const int32_t* rows;      // [row[supernodes]] rows below the pivots, ascending, as pivot numbers
+  const int64_t* panel;     // [supernodes + 1] offset of the panel in factor storage
+  const int64_t* update;    // [supernodes]     offset of the update matrix in the workspace
+  const int32_t* child;     // [supernodes + 1] into children
+  const int32_t* children;  // [child[supernodes]]
+  const int64_t* run;       // [supernodes + 1] into runs
+  const Run* runs;          // [run[supernodes]] the update matrix's rows in the parent's front
+};
+
+// Scratch memory of one call: the update matrices, the packed blocks of large fronts.
+struct Scratch {
+  void* update;  // [Plan::update_size] elements
+  void* pack;    // [Kernels::pack_size(largest front)] elements
+};
+
+struct Kernels {
+  // Factors one matrix into `factor` [Tree::panel[supernodes]]; 0, or 1 + the pivot number that is not positive.
+  int64_t (*factorize)(const Tree&, const Assembly&, const void* values, void* factor, const Scratch&);
+  // x = A^-1 b for `width` right-hand sides, row-major; work is [(n + largest front) * lanes] elements,
+  // aligned to 64 bytes.
+  void (*solve)(const Tree&, const void* factor, const void* b, void* x, int64_t width, void* work);
+  int32_t lanes;                             // right-hand sides that `solve` takes at once
+  int64_t (*pack_size)(int64_t largest_front);  // elements of Scratch::pack
+};
+
+const Kernels* kernels_baseline(Dtype);
+const Kernels* kernels_avx2(Dtype);
+const Kernels* kernels_avx512(Dtype);
+
+}  // namespace spcache

@@ -1,0 +1,227 @@
+// Numeric Cholesky factorization and solves over the assembly tree. Included by one file per instruction set.
+//
+// J. W. H. Liu, "The multifrontal method for sparse matrix solution: theory and practice" (1992),
+// doi:10.1137/1034004.
+#include "dense.hpp"
+#include "multifrontal.hpp"
+
+namespace spcache {
+namespace {
+
+// dst[0:count] += src[0:count]
+template <class T>
+inline void add(T* dst, const T* src, int64_t count) {
+  int64_t i = 0;
+  for (; i + W<T> <= count; i += W<T>) store(dst + i, load(dst + i) + load(src + i));
+  if (i < count) {
+    int rest = int(count - i);
+    store_part(dst + i, load_part(dst + i, rest) + load_part(src + i, rest), rest);
+  }
+}
+
+// Adds a child's update matrix C [u, u] into its parent's front: panel P [m, k] and update matrix U [m-k, m-k].
+template <class T>
+void extend_add(const Run* runs, int64_t count, const T* C, int64_t u, T* P, int64_t m, int64_t k, T* U) {
+  for (int64_t a = 0; a < count; a++)
+    for (int32_t c = 0; c < runs[a].length; c++) {
+      const int64_t j = runs[a].to + c;
+      const T* source = C + (runs[a].from + c) * u;
+      T* column = j < k ? P + j * m : U + (j - k) * (m - k) - k;  // column[i] is the entry of front row i
+      add(column + j, source + runs[a].from + c, runs[a].length - c);
+      for (int64_t b = a + 1; b < count; b++) add(column + runs[b].to, source + runs[b].from, runs[b].length);
+    }
+}
+
+template <class T>
+int64_t factorize(const Tree& t, const Assembly& a, const void* values, void* factor, const Scratch& scratch) {
+  T* const update = static_cast<T*>(scratch.update);
+  for (int32_t s = 0; s < t.supernodes; s++) {
+    const int64_t k = t.first[s + 1] - t.first[s], u = t.row[s + 1] - t.row[s], m = k + u;
+    T* const P = static_cast<T*>(factor) + t.panel[s];
+    T* const U = update + t.update[s];
+    memset(static_cast<void*>(P), 0, size_t(m * k) * sizeof(T));
+    memset(static_cast<void*>(U), 0, size_t(u * u) * sizeof(T));
+    assemble(a, s, static_cast<const T*>(values), P);
+    for (int32_t e = t.child[s]; e < t.child[s + 1]; e++) {
+      const int32_t c = t.children[e];
+      extend_add(t.runs + t.run[c], t.run[c + 1] - t.run[c], update + t.update[c], t.row[c + 1] - t.row[c], P, m, k, U);
+    }
+    if (int64_t bad = factor_front(P, m, k, U, static_cast<T*>(scratch.pack))) return t.first[s] + bad;
+  }
+  return 0;
+}
+
+// --- solves: R right-hand sides at a time, as vectors of X = V<T> (R = width) or one by one (X = T) ---
+
+template <class T, class X>
+inline void subtract_product(X& x, T l, X y) {
+  if constexpr (sizeof(X) == sizeof(T)) x -= l * y;
+  else x -= broadcast(l) * y;
+}
+
+// Local right-hand sides of one front: the pivots' part first. Forward: y = L11^-1 y, then w[below] -= L21 y.
+template <class T, class X>
+void forward(const T* P, int64_t m, int64_t k, X* w) {
+  for (int64_t j = 0; j < k; j++) {
+    const T* column = P + j * m;
+    X y = w[j];
+    if constexpr (sizeof(X) == sizeof(T)) y = real(column[j]) * y;
+    else y = broadcast(T(column[j])) * y;
+    w[j] = y;
+    for (int64_t i = j + 1; i < m; i++) subtract_product(w[i], column[i], y);
+  }
+}
+
+// Backward: y = L11^-H (y - L21^H w[below]).
+template <class T, class X>
+void backward(const T* P, int64_t m, int64_t k, X* w) {
+  for (int64_t j = k - 1; j >= 0; j--) {
+    const T* column = P + j * m;
+    X y = w[j];
+    for (int64_t i = j + 1; i < m; i++) subtract_product(y, conj(column[i]), w[i]);
+    if constexpr (sizeof(X) == sizeof(T)) w[j] = real(column[j]) * y;
+    else w[j] = broadcast(T(column[j])) * y;
+  }
+}
+
+// One right-hand side, real: vectors run along the rows instead, four columns at a time.
+template <class T>
+void forward_one(const T* P, int64_t m, int64_t k, T* w) {
+  int64_t j = 0;
+  for (; j + 4 <= k; j += 4) {
+    const T *a = P + j * m, *b = a + m, *c = b + m, *d = c + m;
+    T y0 = w[j] * a[j];
+    T y1 = (w[j + 1] - a[j + 1] * y0) * b[j + 1];
+    T y2 = (w[j + 2] - a[j + 2] * y0 - b[j + 2] * y1) * c[j + 2];
+    T y3 = (w[j + 3] - a[j + 3] * y0 - b[j + 3] * y1 - c[j + 3] * y2) * d[j + 3];
+    w[j] = y0, w[j + 1] = y1, w[j + 2] = y2, w[j + 3] = y3;
+    V<T> v0 = broadcast(y0), v1 = broadcast(y1), v2 = broadcast(y2), v3 = broadcast(y3);
+    int64_t i = j + 4;
+    for (; i + W<T> <= m; i += W<T>)
+      store(w + i, load(w + i) - (load(a + i) * v0 + load(b + i) * v1) - (load(c + i) * v2 + load(d + i) * v3));
+    if (i < m) {
+      int r = int(m - i);
+      store_part(w + i, load_part(w + i, r) - (load_part(a + i, r) * v0 + load_part(b + i, r) * v1) -
+                            (load_part(c + i, r) * v2 + load_part(d + i, r) * v3), r);
+    }
+  }
+  for (; j < k; j++) {
+    const T* a = P + j * m;
+    T y = w[j] * a[j];
+    w[j] = y;
+    V<T> v = broadcast(y);
+    int64_t i = j + 1;
+    for (; i + W<T> <= m; i += W<T>) store(w + i, load(w + i) - load(a + i) * v);
+    if (i < m) { int r = int(m - i); store_part(w + i, load_part(w + i, r) - load_part(a + i, r) * v, r); }
+  }
+}
+
+template <class T>
+void backward_one(const T* P, int64_t m, int64_t k, T* w) {
+  int64_t j = k;
+  for (; j >= 4; j -= 4) {
+    const T *a = P + (j - 4) * m, *b = a + m, *c = b + m, *d = c + m;
+    V<T> s0 = broadcast(T(0)), s1 = s0, s2 = s0, s3 = s0;
+    int64_t i = j;
+    for (; i + W<T> <= m; i += W<T>) {
+      V<T> x = load(w + i);
+      s0 += load(a + i) * x, s1 += load(b + i) * x, s2 += load(c + i) * x, s3 += load(d + i) * x;
+    }
+    if (i < m) {
+      int r = int(m - i);
+      V<T> x = load_part(w + i, r);
+      s0 += load_part(a + i, r) * x, s1 += load_part(b + i, r) * x, s2 += load_part(c + i, r) * x,
+          s3 += load_part(d + i, r) * x;
+    }
+    const int64_t q = j - 4;
+    T y3 = (w[q + 3] - sum<T>(s3)) * d[q + 3];
+    T y2 = (w[q + 2] - sum<T>(s2) - c[q + 3] * y3) * c[q + 2];
+    T y1 = (w[q + 1] - sum<T>(s1) - b[q + 3] * y3 - b[q + 2] * y2) * b[q + 1];
+    T y0 = (w[q] - sum<T>(s0) - a[q + 3] * y3 - a[q + 2] * y2 - a[q + 1] * y1) * a[q];
+    w[q] = y0, w[q + 1] = y1, w[q + 2] = y2, w[q + 3] = y3;
+  }
+  for (; j > 0; j--) {
+    const T* a = P + (j - 1) * m;
+    V<T> s = broadcast(T(0));
+    int64_t i = j;
+    for (; i + W<T> <= m; i += W<T>) s += load(a + i) * load(w + i);
+    if (i < m) { int r = int(m - i); s += load_part(a + i, r) * load_part(w + i, r); }
+    w[j - 1] = (w[j - 1] - sum<T>(s)) * a[j - 1];
+  }
+}
+
+// x [n] and w [largest front] of X, both in `work`; b and result are row-major with `width` columns, of which this
+// call serves `count` lanes from `offset` on.
+template <class T, class X>
+void solve_lanes(const Tree& t, const T* L, const T* b, T* result, int64_t width, int64_t offset, int64_t count, X* x) {
+  constexpr bool single = sizeof(X) == sizeof(T);
+  X* const w = x + t.n;
+  for (int32_t i = 0; i < t.n; i++) {
+    const T* source = b + int64_t(t.perm[i]) * width + offset;
+    if constexpr (single) x[i] = *source;
+    else x[i] = count == W<T> ? load(source) : load_part(source, int(count));
+  }
+  for (int32_t s = 0; s < t.supernodes; s++) {
+    const int64_t f = t.first[s], k = t.first[s + 1] - f, u = t.row[s + 1] - t.row[s], m = k + u;
+    const int32_t* rows = t.rows + t.row[s];
+    for (int64_t i = 0; i < k; i++) w[i] = x[f + i];
+    for (int64_t i = 0; i < u; i++) w[k + i] = x[rows[i]];
+    if constexpr (single && W<T> > 1) forward_one(L + t.panel[s], m, k, w);
+    else forward(L + t.panel[s], m, k, w);
+    for (int64_t i = 0; i < k; i++) x[f + i] = w[i];
+    for (int64_t i = 0; i < u; i++) x[rows[i]] = w[k + i];
+  }
+  for (int32_t s = t.supernodes - 1; s >= 0; s--) {
+    const int64_t f = t.first[s], k = t.first[s + 1] - f, u = t.row[s + 1] - t.row[s], m = k + u;
+    const int32_t* rows = t.rows + t.row[s];
+    for (int64_t i = 0; i < k; i++) w[i] = x[f + i];
+    for (int64_t i = 0; i < u; i++) w[k + i] = x[rows[i]];
+    if constexpr (single && W<T> > 1) backward_one(L + t.panel[s], m, k, w);
+    else backward(L + t.panel[s], m, k, w);
+    for (int64_t i = 0; i < k; i++) x[f + i] = w[i];
+  }
+  for (int32_t i = 0; i < t.n; i++) {
+    T* target = result + int64_t(t.perm[i]) * width + offset;
+    if constexpr (single) *target = x[i];
+    else if (count == W<T>) store(target, x[i]);
+    else store_part(target, x[i], int(count));
+  }
+}
+
+template <class T>
+void solve(const Tree& t, const void* factor, const void* b, void* x, int64_t width, void* work) {
+  const T* L = static_cast<const T*>(factor);
+  for (int64_t r = 0; r < width;) {
+    const int64_t left = width - r;
+    if (left == 1 || W<T> == 1) {
+      solve_lanes<T, T>(t, L, static_cast<const T*>(b), static_cast<T*>(x), width, r, 1, static_cast<T*>(work));
+      r++;
+    } else {
+      const int64_t count = left < W<T> ? left : W<T>;
+      solve_lanes<T, V<T>>(t, L, static_cast<const T*>(b), static_cast<T*>(x), width, r, count,
+                           static_cast<V<T>*>(work));
+      r += count;
+    }
+  }
+}
+
+template <class T>
+int64_t pack_size(int64_t rows) {
+  if (rows < PACK_FROM || W<T> == 1) return 0;
+  return ((rows + TILE_ROWS<T> - 1) / TILE_ROWS<T> * TILE_ROWS<T> + (rows + NB<T> - 1) / NB<T> * NB<T>) * BLOCK;
+}
+
+template <class T>
+constexpr Kernels kernels_of = {factorize<T>, solve<T>, W<T>, pack_size<T>};
+
+const Kernels* choose(Dtype dtype) {
+  switch (dtype) {
+    case FLOAT32: return &kernels_of<float>;
+    case FLOAT64: return &kernels_of<double>;
+    case COMPLEX64: return &kernels_of<Complex<float>>;
+    default: return &kernels_of<Complex<double>>;
+  }
+}
+
+}  // namespace
+}  // namespace spcache

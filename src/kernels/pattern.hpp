@@ -1,0 +1,159 @@
+// What is done on the caller's own COO entries: canonical order, finiteness, symmetry, the gradient's gather.
+#pragma once
+#include <stdint.h>
+
+#include <vector>
+
+#include "assembly.hpp"
+
+namespace spcache {
+
+// Canonical CSC order of COO entries by two stable counting sorts, O(nnz + m + n).
+//   indptr  [n + 1] out, indices [<= nnz] out: columns in order, rows ascending, no duplicates
+//   slot    [nnz]   out: where entry k of the caller is found in indices
+// Returns the number of distinct entries. Every index must be in range already.
+inline int64_t compress(int64_t nnz, const int32_t* row, const int32_t* column, int64_t m, int64_t n,
+                        int64_t* indptr, int32_t* indices, int32_t* slot) {
+  std::vector<int64_t> next((m > n ? m : n) + 1, 0);
+  std::vector<int32_t> by_row(nnz), order(nnz);
+  for (int64_t k = 0; k < nnz; k++) next[row[k] + 1]++;
+  for (int64_t i = 0; i < m; i++) next[i + 1] += next[i];
+  for (int64_t k = 0; k < nnz; k++) by_row[next[row[k]]++] = int32_t(k);
+  next.assign(n + 1, 0);
+  for (int64_t k = 0; k < nnz; k++) next[column[k] + 1]++;
+  for (int64_t j = 0; j < n; j++) next[j + 1] += next[j];
+  for (int64_t e = 0; e < nnz; e++) order[next[column[by_row[e]]]++] = by_row[e];
+
+  int64_t count = 0, e = 0;
+  for (int64_t j = 0; j < n; j++) {
+    indptr[j] = count;
+    for (; e < nnz && column[order[e]] == j; e++) {
+      int32_t k = order[e];
+      if (count == indptr[j] || indices[count - 1] != row[k]) indices[count++] = row[k];
+      slot[k] = int32_t(count - 1);
+    }
+  }
+  indptr[n] = count;
+  return count;
+}
+
+// Sorts contributions by (group, role); see assembly.hpp. Arrays begin, source and target are outputs.
+inline void sort_contributions(int64_t count, const int32_t* slot, const int32_t* source, const uint8_t* role,
+                               const int32_t* group_of, const int64_t* position_of, int64_t groups,
+                               int64_t* begin, int32_t* sorted_source, uint32_t* target) {
+  for (int64_t g = 0; g <= 3 * groups; g++) begin[g] = 0;
+  auto bucket = [&](int64_t e) { return 3 * int64_t(group_of ? group_of[slot[e]] : 0) + role[e]; };
+  for (int64_t e = 0; e < count; e++) begin[bucket(e) + 1]++;
+  for (int64_t g = 0; g < 3 * groups; g++) begin[g + 1] += begin[g];
+  std::vector<int64_t> next(begin, begin + 3 * groups);
+  for (int64_t e = 0; e < count; e++) {
+    int64_t p = next[bucket(e)]++;
+    sorted_source[p] = source[e];
+    target[p] = uint32_t(position_of ? position_of[slot[e]] : slot[e]);
+  }
+}
+
+// True where every number is finite: x * 0 is 0 for finite x and NaN otherwise, so one sum tells.
+template <class R>
+inline bool all_finite(const R* x, int64_t count) {
+  R sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    for (int l = 0; l < 8; l++) sum[l] += x[i + l] * R(0);
+  for (; i < count; i++) sum[0] += x[i] * R(0);
+  R total = 0;
+  for (int l = 0; l < 8; l++) total += sum[l];
+  return total == R(0);
+}
+
+// The caller's entries grouped by canonical lower-triangle slot: begin[2 s] .. begin[2 s + 1] stand at (i, j),
+// i >= j, and begin[2 s + 1] .. begin[2 s + 2] at (j, i).
+struct Pairs {
+  int64_t nnz, slots, n;
+  const int64_t* begin;    // [2 * slots + 1]
+  const int32_t* source;   // [nnz]
+  const int32_t* row;      // [slots]
+  const int32_t* column;   // [slots]
+  const int32_t* diagonal; // [n] slot of (i, i), or -1
+};
+
+template <class T>
+inline T sum_entries(const int32_t* source, int64_t from, int64_t to, const T* values) {
+  T sum = values[source[from]];
+  for (int64_t e = from + 1; e < to; e++) sum += values[source[e]];
+  return sum;
+}
+
+// The largest |a_ij - a_ji| (conjugated where hermitian) and the largest |a_ij|, on summed entries.
+template <class T>
+inline void asymmetry(const Pairs& p, bool hermitian, const T* values, double* difference, double* largest) {
+  double worst = 0, top = 0;
+  for (int64_t s = 0; s < p.slots; s++) {
+    int64_t b = p.begin[2 * s], m = p.begin[2 * s + 1], e = p.begin[2 * s + 2];
+    T lower = m > b ? sum_entries(p.source, b, m, values) : T(0);
+    double size = abs(lower);
+    if (size > top) top = size;
+    if (p.row[s] == p.column[s]) {
+      double imaginary = hermitian ? double(abs(lower - conj(lower))) : 0.0;
+      if (imaginary > worst) worst = imaginary;
+      continue;
+    }
+    T upper = e > m ? sum_entries(p.source, m, e, values) : T(0);
+    size = abs(upper);
+    if (size > top) top = size;
+    double d = abs(lower - (hermitian ? conj(upper) : upper));
+    if (d > worst) worst = d;
+  }
+  *difference = worst;
+  *largest = top;
+}
+
+// Whether the values are Hermitian to rounding with a positive diagonal:
+// a_ii > 0 and |a_ij - conj(a_ji)| <= tolerance * sqrt(a_ii a_jj). Stops at the first entry that is not.
+template <class T>
+inline bool positive_hermitian(const Pairs& p, double tolerance, const T* values) {
+  auto diagonal = [&](int32_t i) -> double {
+    int64_t s = p.diagonal[i];
+    return s < 0 ? 0.0 : double(real(sum_entries(p.source, p.begin[2 * s], p.begin[2 * s + 1], values)));
+  };
+  for (int64_t i = 0; i < p.n; i++)
+    if (!(diagonal(int32_t(i)) > 0)) return false;
+  for (int64_t s = 0; s < p.slots; s++) {
+    int64_t b = p.begin[2 * s], m = p.begin[2 * s + 1], e = p.begin[2 * s + 2];
+    T lower = m > b ? sum_entries(p.source, b, m, values) : T(0);
+    T upper = p.row[s] == p.column[s] ? lower : e > m ? sum_entries(p.source, m, e, values) : T(0);
+    double d = abs(lower - conj(upper));
+    if (d == 0) continue;
+    double scale = sqrt(diagonal(p.row[s])) * sqrt(diagonal(p.column[s]));
+    if (!(d <= tolerance * scale)) return false;
+  }
+  return true;
+}
+
+enum Mirror : int32_t { NONE = 0, TRANSPOSED = 1, CONJUGATED = 2 };
+
+// The gradient at the caller's entries, in the convention of the kind (the table in docs/architecture.md):
+//   G(i, j) = -sum_r u[i, r] conj(w[j, r]);  out[k] = G(i, j), or weight * (G(i, j) + G(j, i) mirrored)
+// with weight 1/2, and 1 off the diagonal where only one triangle is stored.
+template <class T>
+inline void gather_outer(int64_t nnz, const int32_t* row, const int32_t* column, Mirror mirror, bool one_triangle,
+                         int64_t width, const T* u, const T* w, T* out) {
+  auto product = [=](int64_t i, int64_t j) {
+    const T *a = u + i * width, *b = w + j * width;
+    T sum = a[0] * conj(b[0]);
+    for (int64_t r = 1; r < width; r++) sum += a[r] * conj(b[r]);
+    return sum;
+  };
+  if (mirror == NONE) {
+    for (int64_t k = 0; k < nnz; k++) out[k] = -product(row[k], column[k]);
+    return;
+  }
+  for (int64_t k = 0; k < nnz; k++) {
+    int64_t i = row[k], j = column[k];
+    T other = product(j, i);
+    T sum = product(i, j) + (mirror == CONJUGATED ? conj(other) : other);
+    out[k] = (one_triangle && i != j) ? -sum : Real<T>(-0.5) * sum;
+  }
+}
+
+}  // namespace spcache

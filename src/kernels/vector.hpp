@@ -1,0 +1,86 @@
+// One SIMD register of T, whatever the instruction set this file is compiled for. Complex numbers go one at a time.
+#pragma once
+#include <string.h>
+
+#include "numbers.hpp"
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace spcache {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64;
+constexpr int TILE_COLUMNS = 8;  // 3 x 8 accumulators of 32 registers
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32;
+constexpr int TILE_COLUMNS = 4;  // 3 x 4 accumulators of 16 registers
+#else
+constexpr int VECTOR_BYTES = 16;
+constexpr int TILE_COLUMNS = 4;
+#endif
+
+template <class T>
+struct Vector {
+  typedef T type __attribute__((vector_size(VECTOR_BYTES)));
+  static constexpr int width = VECTOR_BYTES / int(sizeof(T));
+};
+template <class R>
+struct Vector<Complex<R>> {
+  using type = Complex<R>;
+  static constexpr int width = 1;
+};
+template <class T> using V = typename Vector<T>::type;
+template <class T> constexpr int W = Vector<T>::width;
+
+template <class T> inline __attribute__((always_inline)) V<T> load(const T* p) {
+  V<T> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T> inline __attribute__((always_inline)) void store(T* p, V<T> v) { memcpy(p, &v, sizeof v); }
+template <class T> inline __attribute__((always_inline)) V<T> broadcast(T a) {
+  if constexpr (W<T> == 1) return a;
+  else return a - V<T>{};
+}
+
+// The first `count` lanes only, 0 < count < width; the others read as zero.
+#if defined(__AVX512F__)
+inline __attribute__((always_inline)) V<double> load_part(const double* p, int count) {
+  return (V<double>)_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), p);
+}
+inline __attribute__((always_inline)) V<float> load_part(const float* p, int count) {
+  return (V<float>)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+}
+inline __attribute__((always_inline)) void store_part(double* p, V<double> v, int count) {
+  _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), (__m512d)v);
+}
+inline __attribute__((always_inline)) void store_part(float* p, V<float> v, int count) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
+}
+#else
+template <class T> inline V<T> load_part(const T* p, int count) {
+  V<T> v{};
+  for (int i = 0; i < count; i++) v[i] = p[i];
+  return v;
+}
+template <class T> inline void store_part(T* p, V<T> v, int count) {
+  for (int i = 0; i < count; i++) p[i] = v[i];
+}
+#endif
+template <class R> inline Complex<R> load_part(const Complex<R>* p, int) { return *p; }
+template <class R> inline void store_part(Complex<R>* p, Complex<R> v, int) { *p = v; }
+
+template <class T> inline T sum(V<T> v) {
+  if constexpr (W<T> == 1) {
+    return v;
+  } else {
+    T total = v[0];
+    for (int i = 1; i < W<T>; i++) total += v[i];
+    return total;
+  }
+}
+
+}  // namespace
+}  // namespace spcache

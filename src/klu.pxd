@@ -1,0 +1,30 @@
+# The KLU engine's C++ (kernels/klu.hpp); KLU itself is called only there.
+from libc.stdint cimport int32_t, int64_t
+from libcpp cimport bool
+from libcpp.vector cimport vector
+
+cdef extern from "klu.h" nogil:
+    enum:
+        KLU_OK
+        KLU_INVALID
+
+cdef extern from "kernels/klu.hpp" namespace "spcache" nogil:
+    ctypedef int Dtype
+    cdef struct CAssembly "spcache::Assembly":
+        int64_t nnz, groups
+    cdef cppclass Factors:
+        vector[int64_t] failed
+        int64_t failures, kept, repivots
+        int factorize(const CAssembly&, const void* values, bool check, const Factors* donor, void* work) except +
+        void solve(const void* b, void* x, int64_t count, int64_t width, const int64_t* select, bool adjoint, void* work)
+        int64_t work_bytes()
+        int64_t nbytes()
+        int64_t nnz()
+    cdef cppclass Analysis:
+        int64_t n, rank, nnz
+        double flops
+        Factors* factors(Dtype, int64_t batch) except +
+        Analysis* widened(int* status) except +
+        int64_t nbytes()
+    Analysis* analyze(int64_t n, const int64_t* indptr, const int32_t* indices, int ordering, bool wide,
+                      int* status) except +

@@ -1,0 +1,338 @@
+# distutils: language = c++
+"""The multifrontal engine's native objects: orderings, the plan, and the storage of factors.
+
+Tensors come as addresses, their sizes beside them. The GIL is released around orderings, analysis, factorization and
+solves. Scratch memory is lent from lists that are touched only while the GIL is held, so no lock is needed and a fork
+finds them whole.
+"""
+from libc.stdint cimport int32_t, int64_t, uintptr_t
+from libc.stdlib cimport free
+from libc.string cimport memset
+from libcpp cimport bool
+from libcpp.memory cimport unique_ptr
+from libcpp.vector cimport vector
+
+from amd cimport AMD_OK, AMD_OK_BUT_JUMBLED, AMD_OUT_OF_MEMORY, amd_order
+from metis cimport (
+    IDXTYPEWIDTH, METIS_NOPTIONS, METIS_NodeND, METIS_OK, METIS_OPTION_NUMBERING, METIS_OPTION_SEED,
+    METIS_SetDefaultOptions, idx_t,
+)
+
+import numpy
+
+
+cdef extern from "stdlib.h" nogil:
+    void* aligned_alloc(size_t alignment, size_t size)
+
+cdef extern from "kernels/multifrontal.hpp" namespace "spcache" nogil:
+    ctypedef int Dtype
+    cdef struct CAssembly "spcache::Assembly":
+        int64_t nnz, groups
+    cdef struct Tree:
+        pass
+    cdef struct Scratch:
+        void* update
+        void* pack
+    cdef struct Kernels:
+        int64_t (*factorize)(const Tree&, const CAssembly&, const void*, void*, const Scratch&) noexcept nogil
+        void (*solve)(const Tree&, const void*, const void*, void*, int64_t, void*) noexcept nogil
+        int32_t lanes
+        int64_t (*pack_size)(int64_t) noexcept nogil
+    const Kernels* kernels_baseline(Dtype)
+    const Kernels* kernels_avx2(Dtype)
+    const Kernels* kernels_avx512(Dtype)
+
+cdef extern from "kernels/analysis.hpp" namespace "spcache" nogil:
+    cdef struct Prediction:
+        int64_t nnz
+        double flops
+    cdef cppclass Plan:
+        Plan(int32_t, const int64_t*, const int32_t*, const int32_t*) except +
+        Tree tree()
+        int64_t nbytes()
+        Prediction prediction
+        int32_t n, supernodes, largest_front
+        int64_t update_size
+        vector[int32_t] perm, supernode_of
+        vector[int64_t] position_of, panel
+    Prediction c_predict "spcache::predict"(int32_t, const int64_t*, const int32_t*, const int32_t*) except +
+    void adjacency(int32_t, const int64_t*, const int32_t*, vector[int32_t]&, vector[int32_t]&) except +
+
+cdef extern from *:
+    """
+    static int best_instruction_set() {
+    #if defined(__x86_64__)
+      if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")) return 2;
+      if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+    #endif
+      return 0;
+    }
+    #if !defined(__x86_64__)
+    namespace spcache {
+    static const Kernels* kernels_avx2(Dtype dtype) { return kernels_baseline(dtype); }
+    static const Kernels* kernels_avx512(Dtype dtype) { return kernels_baseline(dtype); }
+    }
+    #endif
+    """
+    int best_instruction_set()
+
+
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+cdef int ITEMSIZE[4]
+ITEMSIZE[:] = [4, 8, 8, 16]
+
+
+def best_simd():
+    """Name of the widest instruction set that this processor has kernels for."""
+    return INSTRUCTION_SETS[best_instruction_set()]
+
+
+cdef int check_structure(int64_t[::1] indptr, int32_t[::1] indices) except -1:
+    if indptr.shape[0] < 2 or indptr[indptr.shape[0] - 1] != indices.shape[0]:
+        raise ValueError("indptr and indices do not fit each other")
+    return 0
+
+
+def amd(int64_t[::1] indptr, int32_t[::1] indices):
+    """AMD ordering of a symmetric structure given by its lower triangle: perm[k] = original index of pivot k."""
+    check_structure(indptr, indices)
+    cdef int32_t n = <int32_t> (indptr.shape[0] - 1)
+    cdef int32_t[::1] Ap = numpy.asarray(indptr, numpy.int32)
+    perm = numpy.empty(n, numpy.int32)
+    cdef int32_t[::1] P = perm
+    cdef const int32_t* Ai = &indices[0] if indices.shape[0] else &P[0]
+    cdef int status
+    with nogil:
+        status = amd_order(n, &Ap[0], Ai, &P[0], NULL, NULL)
+    if status == AMD_OUT_OF_MEMORY:
+        raise MemoryError("AMD ordering")
+    if status != AMD_OK and status != AMD_OK_BUT_JUMBLED:
+        raise ValueError("the structure is not valid CSC")
+    return perm
+
+
+def metis(int64_t[::1] indptr, int32_t[::1] indices):
+    """Nested dissection by METIS. Not to be called by two threads at once: METIS swaps signal handlers and rand()."""
+    check_structure(indptr, indices)
+    cdef int32_t n = <int32_t> (indptr.shape[0] - 1)
+    cdef vector[int32_t] xadj, adjncy
+    cdef idx_t options[METIS_NOPTIONS]
+    cdef const int32_t* Ai = &indices[0] if indices.shape[0] else NULL
+    perm, inverse = numpy.empty(n, numpy.int32), numpy.empty(n, numpy.int32)
+    cdef int32_t[::1] P = perm
+    cdef int32_t[::1] Pinv = inverse
+    cdef int status
+    if IDXTYPEWIDTH != 32:
+        raise NotImplementedError("this METIS was built with 64-bit indices; spcache needs the 32-bit build")
+    with nogil:
+        adjacency(n, &indptr[0], Ai, xadj, adjncy)
+        if adjncy.size() == 0:
+            adjncy.reserve(1)
+        METIS_SetDefaultOptions(options)
+        options[METIS_OPTION_SEED] = 1  # the same ordering every time
+        options[METIS_OPTION_NUMBERING] = 0
+        status = METIS_NodeND(&n, xadj.data(), adjncy.data(), NULL, options, &P[0], &Pinv[0])
+    if status != METIS_OK:
+        raise MemoryError(f"METIS_NodeND returned {status}")
+    return perm
+
+
+def predict(int64_t[::1] indptr, int32_t[::1] indices, int32_t[::1] perm):
+    """(entries of L, flops) of a Cholesky factorization under a permutation."""
+    check_structure(indptr, indices)
+    cdef int32_t n = <int32_t> (indptr.shape[0] - 1)
+    cdef const int32_t* Ai = &indices[0] if indices.shape[0] else NULL
+    cdef Prediction p
+    if perm.shape[0] != n:
+        raise ValueError("perm has another length than the structure")
+    with nogil:
+        p = c_predict(n, &indptr[0], Ai, &perm[0])
+    return p.nnz, p.flops
+
+
+cdef class Memory:
+    """One aligned block. Freed with the object."""
+    cdef void* data
+    cdef readonly int64_t nbytes
+
+    def __cinit__(self, int64_t nbytes):
+        self.nbytes = (nbytes + 63) // 64 * 64 + 64
+        self.data = aligned_alloc(64, self.nbytes)
+        if self.data == NULL:
+            raise MemoryError(f"cannot allocate {nbytes} bytes for a factor")
+
+    def __dealloc__(self):
+        free(self.data)
+
+
+cdef class Symbolic:
+    """The plan: assembly tree, memory plan, positions of the canonical entries. Immutable but for idle scratch memory.
+
+    Args:
+        indptr, indices: canonical CSC of the lower triangle.
+        perm: [n; int32] original index of each pivot. Is refined by a postorder.
+        simd: one of INSTRUCTION_SETS, at most what the processor has.
+    """
+    cdef unique_ptr[Plan] plan
+    cdef Tree tree
+    cdef int simd
+    cdef list idle_scratch  # per scalar type, a list of (Memory of update matrices, Memory of packed blocks)
+    cdef list idle_work     # per scalar type, a list of Memory of right-hand sides
+
+    def __init__(self, int64_t[::1] indptr, int32_t[::1] indices, int32_t[::1] perm, str simd):
+        check_structure(indptr, indices)
+        cdef int32_t n = <int32_t> (indptr.shape[0] - 1)
+        cdef const int32_t* Ai = &indices[0] if indices.shape[0] else NULL
+        if perm.shape[0] != n:
+            raise ValueError("perm has another length than the structure")
+        self.simd = INSTRUCTION_SETS.index(simd)
+        if self.simd > best_instruction_set():
+            raise ValueError(f"this processor has no {simd} instructions")
+        with nogil:
+            self.plan.reset(new Plan(n, &indptr[0], Ai, &perm[0]))
+            self.tree = self.plan.get().tree()
+        self.idle_scratch = [[], [], [], []]
+        self.idle_work = [[], [], [], []]
+
+    cdef const Kernels* kernels(self, int dtype) noexcept:
+        if self.simd == 2:
+            return kernels_avx512(<Dtype> dtype)
+        return kernels_avx2(<Dtype> dtype) if self.simd == 1 else kernels_baseline(<Dtype> dtype)
+
+    @property
+    def nnz(self):
+        """Entries of L by the column counts, before amalgamation adds explicit zeros."""
+        return self.plan.get().prediction.nnz
+
+    @property
+    def stored(self):
+        """Numbers stored for one factor."""
+        return self.plan.get().panel.back()
+
+    @property
+    def flops(self):
+        return self.plan.get().prediction.flops
+
+    @property
+    def nbytes(self):
+        return self.plan.get().nbytes()
+
+    @property
+    def supernodes(self):
+        return self.plan.get().supernodes
+
+    @property
+    def largest_front(self):
+        return self.plan.get().largest_front
+
+    @property
+    def update_size(self):
+        """Numbers in both stacks of update matrices together."""
+        return self.plan.get().update_size
+
+    @property
+    def perm(self):
+        """[n; int32] original index of pivot k."""
+        return numpy.asarray(self.plan.get().perm, numpy.int32)
+
+    def positions(self):
+        """Per canonical slot: its supernode [int32] and its place in that supernode's panel [int64]."""
+        cdef int64_t count = self.plan.get().supernode_of.size(), e
+        supernode, position = numpy.empty(count, numpy.int32), numpy.empty(count, numpy.int64)
+        cdef int32_t[::1] s = supernode
+        cdef int64_t[::1] p = position
+        for e in range(count):
+            s[e] = self.plan.get().supernode_of[e]
+            p[e] = self.plan.get().position_of[e]
+        return supernode, position
+
+    def trim(self):
+        """Lets go of idle scratch memory."""
+        for lists in (self.idle_scratch, self.idle_work):
+            for idle in lists:
+                idle.clear()
+
+
+cdef class Storage:
+    """The factors of one batch of values: panels of all supernodes, and one status per matrix."""
+    cdef readonly Symbolic symbolic
+    cdef readonly int64_t batch
+    cdef readonly int dtype
+    cdef readonly Memory factor  # [batch, stored]
+    cdef vector[int64_t] status  # [batch] 0, or 1 + the pivot that is not positive
+    cdef readonly bool failed
+    cdef const Kernels* kernels
+
+    def __init__(self, Symbolic symbolic, int dtype, int64_t batch):
+        if not 0 <= dtype < 4 or batch < 1:
+            raise ValueError("unknown scalar type, or empty batch")
+        self.symbolic, self.dtype, self.batch = symbolic, dtype, batch
+        self.kernels = symbolic.kernels(dtype)
+        self.factor = Memory(batch * symbolic.plan.get().panel.back() * ITEMSIZE[dtype])
+        self.status.assign(batch, 1)
+        self.failed = True
+
+    @property
+    def nbytes(self):
+        return self.factor.nbytes
+
+    def factorize(self, uintptr_t assembly, uintptr_t values, int64_t nnz):
+        """Factors values [batch, nnz], added into place by the Assembly at that address."""
+        cdef const CAssembly* a = <const CAssembly*> assembly
+        cdef Plan* plan = self.symbolic.plan.get()
+        cdef int64_t size = plan.panel.back() * ITEMSIZE[self.dtype], e
+        cdef Scratch scratch
+        cdef bool failed = False
+        cdef list idle = self.symbolic.idle_scratch[self.dtype]
+        cdef Memory update, pack
+        if a.nnz != nnz or a.groups != plan.supernodes:
+            raise ValueError("the assembly belongs to another plan, or the values have another length")
+        if idle:
+            update, pack = idle.pop()
+        else:
+            update = Memory(plan.update_size * ITEMSIZE[self.dtype])
+            pack = Memory(self.kernels.pack_size(plan.largest_front) * ITEMSIZE[self.dtype])
+        scratch.update, scratch.pack = update.data, pack.data
+        with nogil:
+            for e in range(self.batch):
+                self.status[e] = self.kernels.factorize(
+                    self.symbolic.tree, a[0], <const char*> values + e * nnz * ITEMSIZE[self.dtype],
+                    <char*> self.factor.data + e * size, scratch)
+                failed |= self.status[e] != 0
+        self.failed = failed
+        idle.append((update, pack))
+
+    def failed_columns(self):
+        """Per matrix -1, or the original index of the pivot that is not positive."""
+        cdef int64_t e
+        return [-1 if self.status[e] == 0 else self.symbolic.plan.get().perm[self.status[e] - 1]
+                for e in range(self.batch)]
+
+    def solve(self, uintptr_t b, uintptr_t x, int64_t count, int64_t width, uintptr_t factors=0):
+        """x[p] = A[f(p)]^-1 b[p]; b and x are [count, n, width]. See spcache/engines/protocol.py."""
+        cdef Plan* plan = self.symbolic.plan.get()
+        cdef int64_t itemsize = ITEMSIZE[self.dtype], size = plan.panel.back() * itemsize
+        cdef int64_t stride = plan.n * width * itemsize, p, f
+        cdef const int64_t* select = <const int64_t*> factors
+        cdef list idle = self.symbolic.idle_work[self.dtype]
+        cdef Memory work
+        if select == NULL and self.batch != 1 and count != self.batch:
+            raise ValueError("count must be the batch where no factors are named")
+        if select != NULL:
+            for p in range(count):
+                if not 0 <= select[p] < self.batch:
+                    raise ValueError("factors names a matrix beyond the batch")
+        if idle:
+            work = idle.pop()
+        else:
+            work = Memory((plan.n + plan.largest_front) * self.kernels.lanes * itemsize)
+        with nogil:
+            for p in range(count):
+                f = select[p] if select != NULL else (p if self.batch != 1 else 0)
+                if self.status[f]:
+                    memset(<char*> x + p * stride, 0xff, stride)  # a NaN in every scalar type
+                else:
+                    self.kernels.solve(self.symbolic.tree, <const char*> self.factor.data + f * size,
+                                       <const char*> b + p * stride, <char*> x + p * stride, width, work.data)
+        idle.append(work)

@@ -1,0 +1,276 @@
+# distutils: language = c++
+"""Native parts of `spcache.pattern`: canonical order, assembly maps, symmetry, the gradient's gather.
+
+Every tensor comes as an address, its sizes beside it; the caller keeps it alive during the call.
+Scalar types are the codes 0 float32, 1 float64, 2 complex64, 3 complex128.
+"""
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uintptr_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcmp, memcpy
+from libcpp cimport bool
+from libcpp.vector cimport vector
+
+import numpy
+
+
+cdef extern from "kernels/pattern.hpp" namespace "spcache" nogil:
+    cdef cppclass c64 "spcache::Complex<float>":
+        pass
+    cdef cppclass c128 "spcache::Complex<double>":
+        pass
+    ctypedef int Mirror
+    cdef struct CAssembly "spcache::Assembly":
+        int64_t nnz, groups
+        double weight
+        bool hermitian
+        const int64_t* begin
+        const int32_t* source
+        const uint32_t* target
+    cdef struct CPairs "spcache::Pairs":
+        int64_t nnz, slots, n
+        const int64_t* begin
+        const int32_t* source
+        const int32_t* row
+        const int32_t* column
+        const int32_t* diagonal
+    int64_t c_compress "spcache::compress"(int64_t, const int32_t*, const int32_t*, int64_t, int64_t,
+                                           int64_t*, int32_t*, int32_t*) except +
+    void sort_contributions(int64_t, const int32_t*, const int32_t*, const uint8_t*, const int32_t*,
+                            const int64_t*, int64_t, int64_t*, int32_t*, uint32_t*) except +
+    bool c_all_finite "spcache::all_finite"[R](const R*, int64_t)
+    void c_asymmetry "spcache::asymmetry"[T](const CPairs&, bool, const T*, double*, double*)
+    bool c_positive_hermitian "spcache::positive_hermitian"[T](const CPairs&, double, const T*)
+    void gather_outer[T](int64_t, const int32_t*, const int32_t*, Mirror, bool, int64_t, const T*, const T*, T*)
+
+
+cdef int32_t* data32(int32_t[::1] a) noexcept:
+    return &a[0] if a.shape[0] else NULL
+
+
+cdef int64_t* data64(int64_t[::1] a) noexcept:
+    return &a[0] if a.shape[0] else NULL
+
+
+def compress(int32_t[::1] rows, int32_t[::1] columns, int64_t m, int64_t n):
+    """Canonical CSC (indptr, indices) of COO entries, and each entry's slot in it; O(nnz + m + n)."""
+    cdef int64_t nnz = rows.shape[0], count
+    if columns.shape[0] != nnz:
+        raise ValueError("rows and columns differ in length")
+    indptr_array = numpy.empty(n + 1, numpy.int64)
+    indices_array = numpy.empty(nnz, numpy.int32)
+    slot_array = numpy.empty(nnz, numpy.int32)
+    cdef int64_t* indptr = data64(indptr_array)
+    cdef int32_t* indices = data32(indices_array)
+    cdef int32_t* slot = data32(slot_array)
+    cdef const int32_t* row = data32(rows)
+    cdef const int32_t* column = data32(columns)
+    with nogil:
+        count = c_compress(nnz, row, column, m, n, indptr, indices, slot)
+    return indptr_array, indices_array[:count].copy(), slot_array
+
+
+def all_finite(uintptr_t address, int64_t count, int dtype):
+    """Whether `count` numbers of the given scalar type are all finite."""
+    cdef bool result
+    if dtype >= 2:  # complex: twice as many reals
+        count *= 2
+    with nogil:
+        if dtype == 0 or dtype == 2:
+            result = c_all_finite[float](<const float*> address, count)
+        else:
+            result = c_all_finite[double](<const double*> address, count)
+    return result
+
+
+cdef class ValuesCopy:
+    """A private copy of values, by which equal values are recognized exactly."""
+    cdef void* buffer
+    cdef readonly int64_t nbytes
+
+    def __dealloc__(self):
+        free(self.buffer)
+
+    def keep(self, uintptr_t address, int64_t nbytes):
+        if nbytes != self.nbytes or self.buffer == NULL:
+            free(self.buffer)
+            self.nbytes = 0
+            self.buffer = malloc(nbytes if nbytes else 1)
+            if self.buffer == NULL:
+                raise MemoryError
+            self.nbytes = nbytes
+        with nogil:
+            memcpy(self.buffer, <const void*> address, nbytes)
+
+    def finite(self, int64_t part, int64_t parts, int dtype):
+        """Whether the numbers of one of `parts` equal parts are all finite."""
+        cdef int64_t size = self.nbytes // parts
+        return all_finite(<uintptr_t> self.buffer + part * size, size // (4, 8, 8, 16)[dtype], dtype)
+
+    def equals(self, uintptr_t address, int64_t nbytes):
+        """Bitwise equality; stops at the first difference."""
+        cdef bool result = False
+        if self.buffer != NULL and nbytes == self.nbytes:
+            with nogil:
+                result = memcmp(self.buffer, <const void*> address, nbytes) == 0
+        return result
+
+
+cdef class Assembly:
+    """The positions at which COO values are added into factor storage (kernels/assembly.hpp).
+
+    Args:
+        nnz: length of the values.
+        slots, sources, roles: one contribution each: canonical slot, index into the values, role
+            (0 direct, 1 mirrored, 2 diagonal).
+        groups: number of groups; group_of, position_of: per canonical slot, its group and the position in that
+            group's storage (None: one group, position = slot).
+        target_size: number of storage places a position may name, for the range check.
+        weight, hermitian: of off-diagonal contributions; whether mirroring conjugates.
+    """
+    cdef CAssembly c
+    cdef vector[int64_t] begin
+    cdef vector[int32_t] source
+    cdef vector[uint32_t] target
+
+    def __init__(self, int64_t nnz, int32_t[::1] slots, int32_t[::1] sources, uint8_t[::1] roles, int64_t groups,
+                 int32_t[::1] group_of, int64_t[::1] position_of, double weight, bool hermitian):
+        cdef int64_t count = slots.shape[0]
+        cdef const int32_t* slot = data32(slots)
+        cdef const int32_t* group = NULL
+        cdef const int64_t* position = NULL
+        cdef const int32_t* source = data32(sources)
+        cdef const uint8_t* role = &roles[0] if count else NULL
+        if sources.shape[0] != count or roles.shape[0] != count:
+            raise ValueError("contributions differ in length")
+        if group_of is not None:
+            group = data32(group_of)
+        if position_of is not None:
+            position = data64(position_of)
+        self.begin.resize(3 * groups + 1)
+        self.source.resize(count)
+        self.target.resize(count)
+        with nogil:
+            sort_contributions(count, slot, source, role, group, position, groups,
+                               self.begin.data(), self.source.data(), self.target.data())
+        self.c.nnz, self.c.groups, self.c.weight, self.c.hermitian = nnz, groups, weight, hermitian
+        self.c.begin, self.c.source, self.c.target = self.begin.data(), self.source.data(), self.target.data()
+
+    @property
+    def address(self):
+        """Address of the C++ struct; valid while this object lives."""
+        return <uintptr_t> &self.c
+
+    @property
+    def nbytes(self):
+        return 8 * self.begin.size() + 8 * self.source.size()
+
+
+cdef class Entries:
+    """The caller's COO entries: the gradient's gather and the symmetry tests run over them.
+
+    Args:
+        rows, columns: the COO indices, in the caller's order. Kept, not copied.
+    """
+    cdef int32_t[::1] rows
+    cdef int32_t[::1] columns
+    cdef CPairs pairs
+    cdef bool paired
+    cdef vector[int64_t] begin
+    cdef vector[int32_t] source
+    cdef vector[int32_t] row
+    cdef vector[int32_t] column
+    cdef vector[int32_t] diagonal
+
+    def __init__(self, int32_t[::1] rows, int32_t[::1] columns):
+        if rows.shape[0] != columns.shape[0]:
+            raise ValueError("rows and columns differ in length")
+        self.rows, self.columns = rows, columns
+
+    def pair(self, int64_t n, int64_t[::1] indptr, int32_t[::1] indices, int32_t[::1] slots):
+        """Prepares the symmetry tests: slots[k] is entry k's place in the canonical lower triangle (indptr, indices)."""
+        cdef int64_t nnz = self.rows.shape[0], count = indices.shape[0], k, s, j
+        cdef vector[int64_t] following
+        if slots.shape[0] != nnz or indptr.shape[0] != n + 1:
+            raise ValueError("slots or indptr do not fit the entries")
+        self.begin.assign(2 * count + 1, 0)
+        self.source.resize(nnz)
+        self.row.resize(count)
+        self.column.resize(count)
+        self.diagonal.assign(n, -1)
+        for k in range(nnz):
+            self.begin[2 * slots[k] + (self.rows[k] < self.columns[k]) + 1] += 1
+        for s in range(2 * count):
+            self.begin[s + 1] += self.begin[s]
+        following = self.begin
+        for k in range(nnz):
+            s = 2 * slots[k] + (self.rows[k] < self.columns[k])
+            self.source[following[s]] = <int32_t> k
+            following[s] += 1
+        for j in range(n):
+            for s in range(indptr[j], indptr[j + 1]):
+                self.row[s], self.column[s] = indices[s], <int32_t> j
+                if indices[s] == j and self.begin[2 * s + 1] > self.begin[2 * s]:
+                    self.diagonal[j] = <int32_t> s
+        self.pairs.nnz, self.pairs.slots, self.pairs.n = nnz, count, n
+        self.pairs.begin, self.pairs.source = self.begin.data(), self.source.data()
+        self.pairs.row, self.pairs.column = self.row.data(), self.column.data()
+        self.pairs.diagonal = self.diagonal.data()
+        self.paired = True
+
+    cdef int check(self, int64_t nnz) except -1:
+        if not self.paired or nnz != self.pairs.nnz:
+            raise ValueError("entries are not paired, or the values have another length")
+        return 0
+
+    def asymmetry(self, uintptr_t values, int64_t nnz, int dtype, bool hermitian):
+        """(largest |a_ij - a_ji|, largest |a_ij|) on summed entries; conjugated where hermitian."""
+        cdef double difference = 0, largest = 0
+        self.check(nnz)
+        with nogil:
+            if dtype == 0:
+                c_asymmetry[float](self.pairs, hermitian, <const float*> values, &difference, &largest)
+            elif dtype == 1:
+                c_asymmetry[double](self.pairs, hermitian, <const double*> values, &difference, &largest)
+            elif dtype == 2:
+                c_asymmetry[c64](self.pairs, hermitian, <const c64*> values, &difference, &largest)
+            else:
+                c_asymmetry[c128](self.pairs, hermitian, <const c128*> values, &difference, &largest)
+        return difference, largest
+
+    def positive_hermitian(self, uintptr_t values, int64_t nnz, int dtype, double tolerance):
+        """Whether a_ii > 0 and |a_ij - conj(a_ji)| <= tolerance * sqrt(a_ii a_jj), on summed entries."""
+        cdef bool result
+        self.check(nnz)
+        with nogil:
+            if dtype == 0:
+                result = c_positive_hermitian[float](self.pairs, tolerance, <const float*> values)
+            elif dtype == 1:
+                result = c_positive_hermitian[double](self.pairs, tolerance, <const double*> values)
+            elif dtype == 2:
+                result = c_positive_hermitian[c64](self.pairs, tolerance, <const c64*> values)
+            else:
+                result = c_positive_hermitian[c128](self.pairs, tolerance, <const c128*> values)
+        return result
+
+    def outer(self, uintptr_t u, uintptr_t w, uintptr_t out, int64_t batch, int64_t m, int64_t n, int64_t width,
+              int dtype, int mirror, bool one_triangle):
+        """out[b, k] = -u[b, row_k] . conj(w[b, column_k]) in the convention of `mirror` (0 none, 1 transposed,
+        2 conjugated); u is [batch, m, width], w is [batch, n, width], out is [batch, nnz]."""
+        cdef int64_t nnz = self.rows.shape[0], e
+        cdef const int32_t* row = data32(self.rows)
+        cdef const int32_t* column = data32(self.columns)
+        with nogil:
+            for e in range(batch):
+                if dtype == 0:
+                    gather_outer[float](nnz, row, column, <Mirror> mirror, one_triangle, width,
+                                        <float*> u + e * m * width, <float*> w + e * n * width, <float*> out + e * nnz)
+                elif dtype == 1:
+                    gather_outer[double](nnz, row, column, <Mirror> mirror, one_triangle, width,
+                                         <double*> u + e * m * width, <double*> w + e * n * width,
+                                         <double*> out + e * nnz)
+                elif dtype == 2:
+                    gather_outer[c64](nnz, row, column, <Mirror> mirror, one_triangle, width,
+                                      <c64*> u + e * m * width, <c64*> w + e * n * width, <c64*> out + e * nnz)
+                else:
+                    gather_outer[c128](nnz, row, column, <Mirror> mirror, one_triangle, width,
+                                       <c128*> u + e * m * width, <c128*> w + e * n * width, <c128*> out + e * nnz)
