@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
@@ -80,25 +81,23 @@ class Convention:
     one_triangle: bool
 
     @cached_property
-    def _weight(self) -> Tensor:
-        """w_k of the derivation, [nnz; float64]."""
-        row, column = self.pattern.index_tensors
+    def _weight(self) -> float | np.ndarray:
+        """w_k of the derivation: one number, or [nnz]."""
         if not self.one_triangle:
-            return torch.full((len(row),), 0.5, dtype=torch.float64)
-        return torch.where(row == column, 0.5, 1.0).to(torch.float64)
+            return 0.5
+        return np.where(self.pattern.rows == self.pattern.columns, 0.5, 1.0)
 
-    def _weights(self, like: Tensor) -> Tensor:
-        return self._weight.to(device=like.device, dtype=like.real.dtype if like.is_complex() else like.dtype)
-
-    def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        row, column = self.pattern.index_tensors
-        return row.to(device), column.to(device)
+    def _weighted(self, t: Tensor) -> Tensor:
+        """w_k t_k"""
+        if isinstance(self._weight, float):
+            return t * self._weight
+        return t * torch.from_numpy(self._weight).to(t.device, t.real.dtype)
 
     def gradient(self, u: Tensor, w: Tensor) -> Tensor:
         """Gradient at the stored values of S's gradient -u w^H; u, w are [*P, n, k], the result [*P, nnz].
 
         Made of torch operations, differentiable to any order."""
-        row, column = self._indices(u.device)
+        row, column = self.pattern.index_tensors(u.device)
 
         def product(i: Tensor, j: Tensor) -> Tensor:
             return -(u.index_select(-2, i) * w.index_select(-2, j).conj()).sum(-1)
@@ -106,7 +105,7 @@ class Convention:
         if self.mirror == NONE:
             return product(row, column)
         other = product(column, row)
-        return self._weights(u) * (product(row, column) + (other.conj() if self.mirror == CONJUGATED else other))
+        return self._weighted(product(row, column) + (other.conj() if self.mirror == CONJUGATED else other))
 
     def gradient_native(self, u: Tensor, w: Tensor, vector: bool) -> Tensor:
         """The same in one native pass over contiguous u and w, [*P, n] if vector; not differentiable."""
@@ -122,7 +121,7 @@ class Convention:
 
     def apply(self, values: Tensor, x: Tensor, adjoint: bool) -> Tensor:
         """S x, or S^H x; values [*B, nnz], x [*P, n, k] broadcast. Torch operations, differentiable to any order."""
-        row, column = self._indices(x.device)
+        row, column = self.pattern.index_tensors(x.device)
 
         def product(v: Tensor, i: Tensor, j: Tensor, size: int) -> Tensor:
             """sum over k of v_k E_ij x"""
@@ -132,7 +131,7 @@ class Convention:
         m, n = self.pattern.m, self.pattern.n
         if self.mirror == NONE:
             return product(values.conj(), column, row, n) if adjoint else product(values, row, column, m)
-        weighted = values * self._weights(values)
+        weighted = self._weighted(values)
         if self.mirror == CONJUGATED:  # S^H = S
             return product(weighted, row, column, n) + product(weighted.conj(), column, row, n)
         if adjoint:  # S^H = conj(S)
@@ -183,7 +182,7 @@ def _sum_to(t: Tensor, shape: torch.Size) -> Tensor:
 
 def _remember(ctx: Any, values: Tensor, b: Tensor, x: Tensor, source: Source, vector: bool, adjoint: bool) -> None:
     ctx.save_for_backward(values, x)
-    ctx.save_for_forward(values, x)
+    ctx.save_for_forward(values, b, x)
     ctx.source, ctx.vector, ctx.adjoint, ctx.b_shape = source, vector, adjoint, b.shape
 
 
@@ -203,9 +202,10 @@ def _adjoint_rule(ctx: Any, values: Tensor, x: Tensor, g: Tensor, solver: _Solve
     return grad_values, _sum_to(lam, ctx.b_shape)
 
 
-def _tangent_rule(ctx: Any, values_dot: Tensor | None, b_dot: Tensor | None, solver: _Solver) -> Tensor:
+def _tangent_rule(
+    ctx: Any, values: Tensor, x: Tensor, values_dot: Tensor | None, b_dot: Tensor | None, solver: _Solver
+) -> Tensor:
     """dx by the rule (tangent) of the derivation, itself differentiable."""
-    values, x = ctx.saved_tensors
     rhs = None
     if values_dot is not None:
         rhs = -ctx.source.convention.apply(values_dot, x.unsqueeze(-1) if ctx.vector else x, ctx.adjoint)
@@ -254,11 +254,17 @@ class _Solve(Function):
 
     @staticmethod
     def jvp(ctx, values_dot, b_dot, *_):  # type: ignore[override]
+        values, b, x = (forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
+
         def solver(values: Tensor, rhs: Tensor, adjoint: bool) -> Tensor:
             numeric = ctx.numeric if ctx.numeric is not None else ctx.source.find(values)
             return solve(ctx.source, numeric, values, rhs, ctx.vector, adjoint)
 
-        return _tangent_rule(ctx, values_dot, b_dot, solver)
+        if torch.is_grad_enabled() and (values.requires_grad or b.requires_grad):
+            # This early the output has no history yet: without it a backward pass through the tangent would miss
+            # that x depends on values and b. One more solve gives an x that has.
+            x = solver(values, b, ctx.adjoint)
+        return _tangent_rule(ctx, values, x, values_dot, b_dot, solver)
 
 
 def _like_solution(mask: Tensor, vector: bool) -> Tensor:
@@ -312,7 +318,11 @@ class _SolveTransformed(Function):
         def solver(values: Tensor, rhs: Tensor, adjoint: bool) -> Tensor:
             return _SolveTransformed.apply(values, rhs, ctx.source, ctx.memo, adjoint, False, False)
 
-        return _tangent_rule(ctx, values_dot, b_dot, solver)
+        # torch switches forward mode off around a jvp, which would lose the tangents of an enclosing forward-mode
+        # level without an error; the primals leave this level's own tangents behind.
+        with forward_ad._set_fwd_grad_enabled(True):
+            values, _, x = (forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
+            return _tangent_rule(ctx, values, x, values_dot, b_dot, solver)
 
     @staticmethod
     def vmap(info, in_dims, values, b, *rest):  # type: ignore[override]

@@ -67,10 +67,10 @@ class Pattern:
         self.entries.pair(self.n, lower.structure.indptr, lower.structure.indices, lower.slots)
         return self.entries
 
-    @cached_property
-    def index_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows and columns as int64 CPU tensors [nnz], for torch's own gathers."""
-        return torch.from_numpy(self.rows.astype(np.int64)), torch.from_numpy(self.columns.astype(np.int64))
+    def index_tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and columns as int32 tensors [nnz], for torch's own gathers. Made anew at each call, without a copy on
+        the CPU: a tensor made inside a torch.func transform must not outlive it."""
+        return torch.from_numpy(self.rows).to(device), torch.from_numpy(self.columns).to(device)
 
     @cached_property
     def stored(self) -> Contributions:
