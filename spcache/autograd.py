@@ -30,7 +30,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -39,7 +38,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from .engines.protocol import DTYPE_CODES
-from .pattern import Pattern
+from .pattern import Pattern, lazy
 
 if TYPE_CHECKING:
     from .factor import NumericFactor
@@ -80,7 +79,7 @@ class Convention:
     mirror: int
     one_triangle: bool
 
-    @cached_property
+    @lazy
     def _weight(self) -> float | np.ndarray:
         """w_k of the derivation: one number, or [nnz]."""
         if not self.one_triangle:
@@ -114,8 +113,8 @@ class Convention:
         width = 1 if vector else u.shape[-1]
         if out.numel():
             self.pattern.entries.outer(
-                u.data_ptr(), w.data_ptr(), out.data_ptr(), out.numel() // self.pattern.nnz, shape[-1], w.shape[-1 if vector else -2],
-                width, DTYPE_CODES[u.dtype], self.mirror, self.one_triangle,
+                u.data_ptr(), w.data_ptr(), out.data_ptr(), out.numel() // self.pattern.nnz, self.pattern.n,
+                self.pattern.n, width, DTYPE_CODES[u.dtype], self.mirror, self.one_triangle,
             )  # fmt: skip
         return out
 
@@ -143,7 +142,10 @@ class Source(Protocol):
     """What a front end needs of a system: how its values are read, and how their factor is got."""
 
     convention: Convention
-    keep_factor: bool  # whether a node may hold on to its factor
+
+    @property
+    def keep_factor(self) -> bool:
+        """Whether a node may hold on to its factor."""
 
     def find(self, values: Tensor) -> NumericFactor:
         """The factor of values that can be read, found or made; raises as `SparseSystem.solve` does."""
@@ -219,7 +221,16 @@ class _Solve(Function):
     """Eager front end. The node owns the factor for as long as it may run backward."""
 
     @staticmethod
-    def forward(ctx, values, b, source, numeric, vector, adjoint, failed):  # type: ignore[override]
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        b: Tensor,
+        source: Source,
+        numeric: NumericFactor,
+        vector: bool,
+        adjoint: bool,
+        failed: Tensor | None,
+    ) -> Tensor:
         x = numeric.solve(b, vector, adjoint)
         if numeric.failed is not None:
             failed = numeric.failed if failed is None else numeric.failed | failed
@@ -231,9 +242,11 @@ class _Solve(Function):
         return x
 
     @staticmethod
-    def backward(ctx, g):  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         values, x = ctx.saved_tensors
         numeric = ctx.numeric if ctx.numeric is not None else ctx.source.find(values)
+        grad_values: Tensor | None
+        grad_b: Tensor | None
         if ctx.failed is not None or _differentiated():
             if ctx.failed is not None:  # zeros for the NaNs, so that a zero cotangent gives a zero gradient
                 x = x.masked_fill(_like_solution(ctx.failed, ctx.vector), 0.0)
@@ -244,16 +257,18 @@ class _Solve(Function):
 
             grad_values, grad_b = _adjoint_rule(ctx, values, x, g, solver)
         else:
-            vector, adjoint, grad_values = ctx.vector, ctx.adjoint, None
+            vector, adjoint = ctx.vector, ctx.adjoint
+            grad_values = grad_b = None
             lam = numeric.solve(g, vector, not adjoint)
             if ctx.needs_input_grad[0]:
                 u, w = (x, lam) if adjoint else (lam, x)
                 grad_values = _sum_to(ctx.source.convention.gradient_native(u, w, vector), values.shape)
-            grad_b = _sum_to(lam, ctx.b_shape) if ctx.needs_input_grad[1] else None
+            if ctx.needs_input_grad[1]:
+                grad_b = _sum_to(lam, ctx.b_shape)
         return grad_values, grad_b, None, None, None, None, None
 
     @staticmethod
-    def jvp(ctx, values_dot, b_dot, *_):  # type: ignore[override]
+    def jvp(ctx: Any, values_dot: Tensor | None, b_dot: Tensor | None, *_: Any) -> Tensor:
         values, b, x = (forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
 
         def solver(values: Tensor, rhs: Tensor, adjoint: bool) -> Tensor:
@@ -284,7 +299,15 @@ class _SolveTransformed(Function):
     outside, so there the factor is found; the list `memo` carries it to the solves of the derivatives."""
 
     @staticmethod
-    def forward(values, b, source, memo, adjoint, check, cotangent):  # type: ignore[override]
+    def forward(
+        values: Tensor,
+        b: Tensor,
+        source: Source,
+        memo: list[NumericFactor],
+        adjoint: bool,
+        check: bool,
+        cotangent: bool,
+    ) -> Tensor:
         if check:
             source.require_finite("b", b)
         plain_values = values.detach().resolve_conj().resolve_neg().contiguous()
@@ -298,13 +321,13 @@ class _SolveTransformed(Function):
         return x
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[override]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         values, b, source, memo, adjoint, _, _ = inputs
         _remember(ctx, values, b, output, source, False, adjoint)
         ctx.memo = memo
 
     @staticmethod
-    def backward(ctx, g):  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         values, x = ctx.saved_tensors
         x = torch.where(torch.isnan(x), torch.zeros_like(x), x)  # of elements that failed, see `_Solve.backward`
 
@@ -314,7 +337,7 @@ class _SolveTransformed(Function):
         return *_adjoint_rule(ctx, values, x, g, solver), None, None, None, None, None
 
     @staticmethod
-    def jvp(ctx, values_dot, b_dot, *_):  # type: ignore[override]
+    def jvp(ctx: Any, values_dot: Tensor | None, b_dot: Tensor | None, *_: Any) -> Tensor:
         def solver(values: Tensor, rhs: Tensor, adjoint: bool) -> Tensor:
             return _SolveTransformed.apply(values, rhs, ctx.source, ctx.memo, adjoint, False, False)
 
@@ -325,7 +348,7 @@ class _SolveTransformed(Function):
             return _tangent_rule(ctx, values, x, values_dot, b_dot, solver)
 
     @staticmethod
-    def vmap(info, in_dims, values, b, *rest):  # type: ignore[override]
+    def vmap(info: Any, in_dims: tuple[int | None, ...], values: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, int]:
         values_dim, b_dim = in_dims[:2]
         if values_dim is None:
             # One matrix, many right-hand sides: more columns, [*P, n, k] x V -> [*P, n, k V].

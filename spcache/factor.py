@@ -44,7 +44,13 @@ class NumericFactor:
     )  # fmt: skip
 
     def __init__(
-        self, pool: Pool, n: int, storage: Storage, copy: ValuesCopy, idle: list[tuple[Storage, ValuesCopy]], values: Tensor
+        self,
+        pool: Pool,
+        n: int,
+        storage: Storage,
+        copy: ValuesCopy,
+        idle: list[tuple[Storage, ValuesCopy]],
+        values: Tensor,
     ):
         self.plan = pool.plan
         self.n = n
@@ -88,9 +94,7 @@ class NumericFactor:
         b = plain(b)
         x = torch.empty_like(b)
         start = perf_counter()
-        self.storage.solve(
-            b.data_ptr(), x.data_ptr(), math.prod(lead), 1 if vector else b.shape[-1], factors, adjoint
-        )
+        self.storage.solve(b.data_ptr(), x.data_ptr(), math.prod(lead), 1 if vector else b.shape[-1], factors, adjoint)
         stats = self._stats
         stats.seconds["solve"] += perf_counter() - start
         stats.solves += 1
@@ -103,7 +107,9 @@ class NumericFactor:
             flat = info.view(-1)
             for e, failure in enumerate(self.failures):
                 if failure is not None:
-                    flat[e] = failure.column + 1 if self._copy.finite(e, self.storage.batch, DTYPE_CODES[self.dtype]) else -1
+                    flat[e] = (
+                        failure.column + 1 if self._copy.finite(e, self.storage.batch, DTYPE_CODES[self.dtype]) else -1
+                    )
         return info
 
 
@@ -184,24 +190,33 @@ class Factor:
 
     def __repr__(self) -> str:
         if self._numeric is None:
-            return "Factor(inside a torch.func transform)"
-        return f"Factor(n={self._numeric.n}, batch={tuple(self._numeric.batch_shape)}, nnz={self.nnz}, dtype={self._numeric.dtype})"
+            return f"Factor(values={tuple(self._values.shape)}, nothing factorized)"
+        n, batch = self._numeric.n, tuple(self._numeric.batch_shape)
+        return f"Factor(n={n}, batch={batch}, nnz={self.nnz}, dtype={self._numeric.dtype})"
 
     @property
     def info(self) -> Tensor:
-        return self._require().info()
+        if self._numeric is not None:
+            return self._numeric.info()
+        self._require_data()
+        empty_rows = self._values.shape[-1] == 0  # the first column of a matrix without entries is singular
+        return torch.full(self._values.shape[:-1], int(empty_rows), dtype=torch.int32)
 
     @property
     def nnz(self) -> int:
-        return self._require().plan.nnz
+        if self._numeric is not None:
+            return self._numeric.plan.nnz
+        self._require_data()
+        return 0
 
-    def _require(self) -> NumericFactor:
-        if self._numeric is None:
+    def _require_data(self) -> None:
+        if self._values.numel():
             raise RuntimeError("inside a torch.func transform a factor has no data to look at; ask outside of it")
-        return self._numeric
 
     def solve(self, b: Tensor, *, adjoint: bool = False) -> Tensor:
-        """x = A^-1 b, with adjoint=True x = A^-H b. Shapes, errors and gradients as `SparseSystem.solve`; no factorization.
+        """x = A^-1 b, with adjoint=True x = A^-H b. Shapes, errors and gradients as `SparseSystem.solve`.
+
+        Cost: one triangular solve, no factorization.
 
         Raises:
             RuntimeError: the values were changed in place after `factorize`.
@@ -223,8 +238,7 @@ def describe(failure: Failure, kind: str) -> str:
         )
     if failure.reason == "structurally singular":
         return (
-            f"the matrix is structurally singular: no choice of pivots covers column {failure.column} (counted from 0), "
-            f"whatever the values; look for an empty row or column"
+            f"the matrix is structurally singular: no choice of pivots covers column {failure.column} (counted from "
+            f"0), whatever the values; look for an empty row or column"
         )
     return f"the matrix is singular to working precision at column {failure.column} (counted from 0), kind={kind!r}"
-

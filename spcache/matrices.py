@@ -67,7 +67,7 @@ def entries_of(A: Any) -> Entries:
             raise ValueError(f"A must be two-dimensional, got shape {A.shape}")
         coo = A.tocoo()
         values = torch.from_numpy(np.ascontiguousarray(coo.data))
-        return Entries(tuple(map(int, A.shape)), (coo.row, coo.col), None, values)
+        return Entries((int(A.shape[0]), int(A.shape[1])), (coo.row, coo.col), None, values)
     raise TypeError(f"A must be a sparse matrix of torch or SciPy, got {type(A).__name__}")
 
 
@@ -81,7 +81,9 @@ def values_in_order(A: Any, pattern: Pattern) -> Tensor:
         return entries.values
     mine, theirs = pattern.stored, other.stored
     if mine.structure != theirs.structure:
-        raise ValueError("A has another sparsity pattern than the system; make a system for it: SparseSystem.from_matrix(A)")
+        raise ValueError(
+            "A has another sparsity pattern than the system; make a system for it: SparseSystem.from_matrix(A)"
+        )
     if pattern.nnz != len(mine.structure.indices) or other.nnz != pattern.nnz:
         raise ValueError("A and the system store duplicates in different orders; coalesce A (sum_duplicates in SciPy)")
     position = np.empty(pattern.nnz, np.int64)

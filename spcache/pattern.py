@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,12 +11,29 @@ import torch
 from ._pattern import Entries, compress
 from .engines.protocol import Structure
 
-__all__ = ["Contributions", "Pattern"]
+__all__ = ["Contributions", "Pattern", "lazy"]
 
 _INT32_MAX = 2**31 - 1
 
 # Roles of a contribution, as in src/kernels/assembly.hpp.
 _DIRECT, _MIRRORED, _DIAGONAL = 0, 1, 2
+
+
+class lazy:
+    """An attribute computed once, at first use. Takes no lock, unlike `functools.cached_property` before Python 3.12,
+    whose lock a forked child may find taken: two threads may compute the same thing, and one of the results stays."""
+
+    def __init__(self, compute: Callable[[Any], Any]):
+        self._compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            return self
+        return instance.__dict__.setdefault(self._name, self._compute(instance))
 
 
 class Contributions(NamedTuple):
@@ -55,24 +72,25 @@ class Pattern:
     def nbytes(self) -> int:
         return self.rows.nbytes + self.columns.nbytes
 
-    @cached_property
+    @lazy
     def entries(self) -> Entries:
         """The native view of the entries, for the gradient's gather and the symmetry tests."""
         return Entries(self.rows, self.columns)
 
-    @cached_property
+    @lazy
     def paired(self) -> Entries:
         """The same, prepared for the symmetry tests."""
         lower = self.lower
-        self.entries.pair(self.n, lower.structure.indptr, lower.structure.indices, lower.slots)
-        return self.entries
+        entries = Entries(self.rows, self.columns)
+        entries.pair(self.n, lower.structure.indptr, lower.structure.indices, lower.slots)
+        return entries
 
     def index_tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows and columns as int32 tensors [nnz], for torch's own gathers. Made anew at each call, without a copy on
         the CPU: a tensor made inside a torch.func transform must not outlive it."""
         return torch.from_numpy(self.rows).to(device), torch.from_numpy(self.columns).to(device)
 
-    @cached_property
+    @lazy
     def stored(self) -> Contributions:
         """The structure as the caller stores it."""
         indptr, indices, slots = compress(self.rows, self.columns, self.m, self.n)
@@ -81,7 +99,7 @@ class Pattern:
             Structure(self.n, indptr, indices, False), slots, sources, np.full(self.nnz, _DIRECT, np.uint8)
         )
 
-    @cached_property
+    @lazy
     def lower(self) -> Contributions:
         """The lower triangle of the pattern and its transpose; what is stored above contributes mirrored."""
         below = np.maximum(self.rows, self.columns)
@@ -93,7 +111,7 @@ class Pattern:
         sources = np.arange(self.nnz, dtype=np.int32)
         return Contributions(Structure(self.n, indptr, indices, True), slots, sources, roles)
 
-    @cached_property
+    @lazy
     def mirrored(self) -> Contributions:
         """The pattern and its transpose; every entry off the diagonal contributes directly and mirrored."""
         off = np.flatnonzero(self.rows != self.columns).astype(np.int32)

@@ -59,11 +59,13 @@ class PlanCache:
                 self._misses += 1
             try:
                 entry = build()
-            finally:
+            except BaseException:
                 with self._lock:
                     self._building.pop(key, None)
+                raise
             with self._lock:
                 self._entries[key] = entry
+                self._building.pop(key, None)
                 self._evict()
             return entry, False
 

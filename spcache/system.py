@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
 from collections.abc import Iterator
@@ -63,7 +62,8 @@ class SparseSystem:
     Notes:
         Gradients at entry (i, j), with lam = A^-H g: "general" and "auto" -lam_i conj(x_j), every entry independent.
         With the other kinds `solve` inverts the average of A and its transpose (conjugated for "spd" and
-        "hermitian"), or the mirrored triangle, and the gradient is that of this matrix: finite differences agree entry by entry.
+        "hermitian"), or the mirrored triangle, and the gradient is that of this matrix: finite differences agree
+        entry by entry.
 
     Example:
         >>> import torch, spcache
@@ -137,8 +137,8 @@ class SparseSystem:
         if wrong.any():
             k = int(np.argmax(wrong))
             raise ValueError(
-                f"triangle={triangle!r}: entry {k} = ({int(pattern.rows[k])}, {int(pattern.columns[k])}) of indices lies "
-                f"in the other triangle; leave it out, or pass triangle=None and store both"
+                f"triangle={triangle!r}: entry {k} = ({int(pattern.rows[k])}, {int(pattern.columns[k])}) of indices "
+                f"lies in the other triangle; leave it out, or pass triangle=None and store both"
             )
 
     @classmethod
@@ -182,7 +182,8 @@ class SparseSystem:
             EngineUnavailableError: no engine for that device.
 
         Cost: equal values again: one comparison and one triangular solve. New values: O(nnz) assembly and
-        one numeric factorization before it. First values of a pattern: the analysis too. Backward: one triangular solve and O(nnz).
+        one numeric factorization before it. First values of a pattern: the analysis too. Backward: one triangular
+        solve and O(nnz).
         """
         return self._solve(values, b, adjoint)
 
@@ -228,7 +229,9 @@ class SparseSystem:
             As `solve`.
         """
         self._values_argument(values)
-        numeric = None if transformed() else self.find(values)
+        if values.numel() == 0:
+            self._refuse_no_entries(values.shape[:-1], self._check)
+        numeric = None if transformed() or values.numel() == 0 else self.find(values)
         return Factor(self._solve, numeric, values)
 
     def matmul(self, values: Tensor, x: Tensor, *, adjoint: bool = False) -> Tensor:
@@ -384,10 +387,11 @@ class SparseSystem:
             )
             if difference > _ASYMMETRY * largest:
                 what = "Hermitian" if self.convention.mirror == CONJUGATED and values.is_complex() else "symmetric"
+                where = _where(_batch_index(e, values.shape[:-1]))
                 raise ValueError(
-                    f"values are not {what}{_where(_batch_index(e, values.shape[:-1]))}: entries (i, j) and (j, i) differ by "
-                    f"up to {difference:.3g}, the largest entry is {largest:.3g}; kind={self._kind!r} allows {_ASYMMETRY:g} of it. "
-                    f"Use kind='general'"
+                    f"values are not {what}{where}: entries (i, j) and (j, i) differ by up to {difference:.3g}, the "
+                    f"largest entry is {largest:.3g}; kind={self._kind!r} allows {_ASYMMETRY:g} of it. "
+                    "Use kind='general'"
                 )
 
     def _looks_positive(self, values: Tensor) -> bool:
@@ -435,7 +439,8 @@ class SparseSystem:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(b).__name__}")
         if b.dtype != values.dtype:
             raise TypeError(
-                f"{name} must have the dtype of values, {values.dtype}, got {b.dtype}; convert it: {name}.to(values.dtype)"
+                f"{name} must have the dtype of values, {values.dtype}, got {b.dtype}; "
+                f"convert it: {name}.to(values.dtype)"
             )
         if b.layout is not torch.strided or not b.is_cpu:
             raise TypeError(
@@ -466,9 +471,37 @@ class SparseSystem:
         x = b.new_zeros(*lead, *b.shape[-own:]) + 0 * (b.sum() + values.sum())
         if x.numel() == 0:
             return x
-        if raising:  # b is not empty and neither is the batch: there are no entries
-            raise SingularMatrixError("the matrix has no entries (nnz = 0): structurally singular at column 0", 0)
+        self._refuse_no_entries(lead, raising)  # neither b nor the batch is empty
         return x + torch.nan
+
+    def _refuse_no_entries(self, batch: torch.Size, raising: bool) -> None:
+        if raising and self._pattern.n and math.prod(batch):
+            raise SingularMatrixError("the matrix has no entries (nnz = 0): structurally singular at column 0", 0)
+
+    # --- copies --------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Indices, options and the ordering found; the rest is rebuilt on first use."""
+        pool = self._pools.get("spd")
+        permutation = self._permutation if pool is None else pool.plan.permutation
+        indices = np.stack([self._pattern.rows, self._pattern.columns])
+        return {"indices": indices, "shape": self.shape, "options": self._options, "permutation": permutation}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        SparseSystem.__init__(self, state["indices"], state["shape"], **state["options"])
+        self._permutation = state["permutation"]
+
+    def __copy__(self) -> SparseSystem:
+        """Shares the immutable pattern and plans; counters and factors start anew."""
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        new._start()
+        for kind, pool in list(self._pools.items()):
+            new._pools[kind] = Pool(self._pattern.n, pool.plan, pool.assembly, new._stats)
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseSystem:
+        return self.__copy__()
 
 
 def _shape(n: Any) -> tuple[int, int]:

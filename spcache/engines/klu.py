@@ -36,7 +36,13 @@ class SymbolicFactor(_klu.Symbolic):
     engine = "klu"
 
     def assembly(
-        self, nnz: int, slots: np.ndarray, sources: np.ndarray, roles: np.ndarray, weight: float, hermitian: bool
+        self,
+        nnz: int,
+        slots: np.ndarray,
+        sources: np.ndarray,
+        roles: np.ndarray,
+        weight: float,
+        hermitian: bool,
     ) -> Assembly:
         return Assembly(nnz, slots, sources, roles, 1, None, None, weight, hermitian)
 

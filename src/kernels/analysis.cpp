@@ -135,6 +135,10 @@ bool worthwhile(double k, double zeros, double total) {
   return k <= 4 || (k <= 16 && share < 0.5) || (k <= 48 && share < 0.2) || share < 0.05;
 }
 
+// Mean length from which stretches of rows are added as vectors; shorter ones go one number at a time, because a vector
+// that overlaps the one just stored has to wait for it.
+constexpr int64_t LONG_RUN = 8;
+
 // A supernode while it grows by amalgamation.
 struct Group {
   int32_t parent = -1, columns = 0, height = 0;  // height: rows of the first column's structure
@@ -346,6 +350,7 @@ Plan::Plan(int32_t n_, const int64_t* indptr, const int32_t* indices, const int3
     if (depth[sequence[s]] & 1) update[s] += peak_of[0];
   update_size = peak_of[0] + peak_of[1];
 
+  relative.resize(rows.size());
   Longs run_begin(supernodes, 0), run_end(supernodes, 0);
   std::vector<Run> unordered;
   for (int32_t s = 0; s < supernodes; s++) {
@@ -356,11 +361,12 @@ Plan::Plan(int32_t n_, const int64_t* indptr, const int32_t* indices, const int3
       int32_t t = children[c];
       run_begin[t] = int64_t(unordered.size());
       for (int64_t e = row[t]; e < row[t + 1]; e++) {
-        int32_t from = int32_t(e - row[t]), to = position[rows[e]];
+        int32_t from = int32_t(e - row[t]), to = relative[e] = position[rows[e]];
         // A run ends where the parent's pivots end, so that each lies in the panel or in the update matrix.
         if (from && to != k && unordered.back().to + unordered.back().length == to) unordered.back().length++;
         else unordered.push_back({from, to, 1});
       }
+      if ((int64_t(unordered.size()) - run_begin[t]) * LONG_RUN > row[t + 1] - row[t]) unordered.resize(run_begin[t]);
       run_end[t] = int64_t(unordered.size());
     }
   }
@@ -394,12 +400,12 @@ Plan::Plan(int32_t n_, const int64_t* indptr, const int32_t* indices, const int3
 
 Tree Plan::tree() const {
   return {n,           supernodes,    perm.data(),  first.data(),    row.data(), rows.data(),
-          panel.data(), update.data(), child.data(), children.data(), run.data(), runs.data()};
+          panel.data(), update.data(), child.data(), children.data(), relative.data(), run.data(), runs.data()};
 }
 
 int64_t Plan::nbytes() const {
   auto bytes = [](const auto&... v) { return (int64_t(v.size() * sizeof(v[0])) + ...); };
-  return bytes(perm, first, rows, child, children, row, panel, update, run, runs, supernode_of, position_of);
+  return bytes(perm, first, rows, relative, child, children, row, panel, update, run, runs, supernode_of, position_of);
 }
 
 }  // namespace spcache

@@ -23,7 +23,7 @@ struct Plan {
   int32_t n, supernodes = 0;
   int32_t largest_front = 0;         // rows
   int64_t update_size = 0;           // elements of both stacks together
-  std::vector<int32_t> perm, first, rows, child, children;
+  std::vector<int32_t> perm, first, rows, relative, child, children;
   std::vector<int64_t> row, panel, update, run;
   std::vector<Run> runs;
   std::vector<int32_t> supernode_of; // [nnz(structure)] canonical slot -> supernode

@@ -5,6 +5,12 @@
 #pragma once
 #include "vector.hpp"
 
+// The compiler does not see that a tile reads only the part of `Diagonal` that its block has filled.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
+// Loops over a register tile must vanish, or the tile lives on the stack.
+#define UNROLL _Pragma("GCC unroll 8")
+
 namespace spcache {
 namespace {
 
@@ -18,8 +24,8 @@ template <class T> constexpr int NB = W<T> == 1 ? 2 : TILE_COLUMNS;
 // A factorized diagonal block, for the rows below it: L(c, p) for p < c, and the reciprocals of the diagonal.
 template <class T>
 struct Diagonal {
-  T lower[TILE_COLUMNS][TILE_COLUMNS];
-  Real<T> reciprocal[TILE_COLUMNS];
+  T lower[8][8];
+  Real<T> reciprocal[8];
 };
 
 // C[rows, NR] -= A[rows, depth] * conj(B[NR, depth])^T; `rows` fills MV vectors but for the lanes missing in the last.
@@ -29,42 +35,35 @@ inline __attribute__((always_inline)) void tile(const T* A, int64_t lda, const T
                                                 int64_t ldc, int rows, const Diagonal<T>* diagonal) {
   constexpr int w = W<T>;
   V<T> sum[MV][NR];
-  for (int v = 0; v < MV; v++)
-    for (int c = 0; c < NR; c++) sum[v][c] = broadcast(T(0));
+  UNROLL for (int v = 0; v < MV; v++)
+    UNROLL for (int c = 0; c < NR; c++) sum[v][c] = broadcast(T(0));
   const int last = rows - (MV - 1) * w;  // lanes of the last vector
   const bool partial = last < w;
-  if (!partial) {
+  auto multiply = [&](auto load_last) __attribute__((always_inline)) {
     for (int64_t p = 0; p < depth; p++, A += lda, B += ldb) {
       V<T> a[MV];
-      for (int v = 0; v < MV; v++) a[v] = load(A + v * w);
-      for (int c = 0; c < NR; c++) {
+      UNROLL for (int v = 0; v < MV - 1; v++) a[v] = load(A + v * w);
+      a[MV - 1] = load_last(A + (MV - 1) * w);
+      UNROLL for (int c = 0; c < NR; c++) {
         V<T> b = broadcast(conj(B[c]));
-        for (int v = 0; v < MV; v++) sum[v][c] += a[v] * b;
+        UNROLL for (int v = 0; v < MV; v++) sum[v][c] += a[v] * b;
       }
     }
-  } else {
-    for (int64_t p = 0; p < depth; p++, A += lda, B += ldb) {
-      V<T> a[MV];
-      for (int v = 0; v < MV - 1; v++) a[v] = load(A + v * w);
-      a[MV - 1] = load_part(A + (MV - 1) * w, last);
-      for (int c = 0; c < NR; c++) {
-        V<T> b = broadcast(conj(B[c]));
-        for (int v = 0; v < MV; v++) sum[v][c] += a[v] * b;
-      }
-    }
-  }
-  for (int v = 0; v < MV; v++) {
+  };
+  if (partial) multiply([=](const T* p) { return load_part(p, last); });
+  else multiply([](const T* p) { return load(p); });
+  UNROLL for (int v = 0; v < MV; v++) {
     const bool part = partial && v == MV - 1;
-    for (int c = 0; c < NR; c++) {
+    UNROLL for (int c = 0; c < NR; c++) {
       V<T> x = part ? load_part(C + c * ldc + v * w, last) : load(C + c * ldc + v * w);
       sum[v][c] = x - sum[v][c];
     }
     if constexpr (SOLVE)
-      for (int c = 0; c < NR; c++) {
-        for (int p = 0; p < c; p++) sum[v][c] -= sum[v][p] * broadcast(conj(diagonal->lower[c][p]));
+      UNROLL for (int c = 0; c < NR; c++) {
+        UNROLL for (int p = 0; p < c; p++) sum[v][c] -= sum[v][p] * broadcast(conj(diagonal->lower[c][p]));
         sum[v][c] = broadcast(T(diagonal->reciprocal[c])) * sum[v][c];
       }
-    for (int c = 0; c < NR; c++) {
+    UNROLL for (int c = 0; c < NR; c++) {
       if (part) store_part(C + c * ldc + v * w, sum[v][c], last);
       else store(C + c * ldc + v * w, sum[v][c]);
     }
@@ -157,29 +156,52 @@ void update_packed(const Packed<T>& A, int64_t from, int64_t to, T* C, int64_t l
   }
 }
 
-// Cholesky of one diagonal block of nb <= NB columns. Stores L below the diagonal and the reciprocal pivots on it.
+// Cholesky of one diagonal block of NR <= NB columns. Stores L below the diagonal and the reciprocals of L's diagonal on
+// it. Eliminates as D M D^H, D the pivots, so that the square roots stay off the chain from pivot to pivot.
 // Returns 0, or 1 + the column whose pivot is not positive (a NaN is not).
-template <class T>
-int factor_diagonal(T* P, int64_t ld, int nb, Diagonal<T>& diagonal) {
-  for (int c = 0; c < nb; c++) {
-    Real<T> pivot = real(P[c + c * ld]);
-    for (int p = 0; p < c; p++) {
-      T l = diagonal.lower[c][p];
-      pivot -= real(l * conj(l));
+template <class T, int NR>
+int factor_diagonal(T* P, int64_t ld, Diagonal<T>& diagonal) {
+  constexpr Real<T> largest = sizeof(Real<T>) == 4 ? Real<T>(__FLT_MAX__) : Real<T>(__DBL_MAX__);
+  T a[NR][NR];  // a[i][j], i >= j: column j of the remaining matrix
+  UNROLL for (int j = 0; j < NR; j++)
+    UNROLL for (int i = j; i < NR; i++) a[i][j] = P[i + j * ld];
+  Real<T> pivot[NR];
+  int bad = 0;
+  UNROLL for (int c = 0; c < NR; c++) {
+    pivot[c] = real(a[c][c]);
+    if (!(pivot[c] > 0 && pivot[c] <= largest) && !bad) bad = c + 1;
+    const Real<T> reciprocal = Real<T>(1) / pivot[c];
+    UNROLL for (int j = c + 1; j < NR; j++) {
+      const T l = reciprocal * conj(a[j][c]);
+      UNROLL for (int i = j; i < NR; i++) a[i][j] -= a[i][c] * l;
     }
-    if (!(pivot > 0) || pivot > Real<T>(sizeof(Real<T>) == 4 ? __FLT_MAX__ : __DBL_MAX__)) return c + 1;
-    Real<T> reciprocal = Real<T>(1) / square_root(pivot);
-    diagonal.reciprocal[c] = reciprocal;
-    P[c + c * ld] = T(reciprocal);
-    for (int i = c + 1; i < nb; i++) {
-      T x = P[i + c * ld];
-      for (int p = 0; p < c; p++) x -= diagonal.lower[i][p] * conj(diagonal.lower[c][p]);
-      x = reciprocal * x;
-      diagonal.lower[i][c] = x;
-      P[i + c * ld] = x;
+  }
+  if (bad) return bad;
+  UNROLL for (int c = 0; c < NR; c++) {
+    const Real<T> scale = Real<T>(1) / square_root(pivot[c]);
+    diagonal.reciprocal[c] = scale;
+    P[c + c * ld] = T(scale);
+    UNROLL for (int i = c + 1; i < NR; i++) {
+      const T l = scale * a[i][c];
+      diagonal.lower[i][c] = l;
+      P[i + c * ld] = l;
     }
   }
   return 0;
+}
+
+template <class T>
+int factor_diagonal(int columns, T* P, int64_t ld, Diagonal<T>& diagonal) {
+  switch (columns) {
+    case 1: return factor_diagonal<T, 1>(P, ld, diagonal);
+    case 2: return factor_diagonal<T, 2>(P, ld, diagonal);
+    case 3: return factor_diagonal<T, 3>(P, ld, diagonal);
+    case 4: return factor_diagonal<T, 4>(P, ld, diagonal);
+    case 5: return factor_diagonal<T, 5>(P, ld, diagonal);
+    case 6: return factor_diagonal<T, 6>(P, ld, diagonal);
+    case 7: return factor_diagonal<T, 7>(P, ld, diagonal);
+    default: return factor_diagonal<T, 8>(P, ld, diagonal);
+  }
 }
 
 // Cholesky of the k leading columns of P [m, k], left-looking by blocks of NB columns.
@@ -190,7 +212,7 @@ int64_t factor_panel(T* P, int64_t m, int64_t k, int64_t ld) {
     int nb = int(k - j < NB<T> ? k - j : NB<T>);
     T* D = P + j + j * ld;
     if (j) update_small(P + j, ld, nb, nb, j, D, ld);
-    if (int bad = factor_diagonal(D, ld, nb, diagonal)) return j + bad;
+    if (int bad = factor_diagonal(nb, D, ld, diagonal)) return j + bad;
     for (int64_t i = j + nb; i < m; i += TILE_ROWS<T>) {
       int64_t r = m - i < TILE_ROWS<T> ? m - i : TILE_ROWS<T>;
       tile_any<T, true>(nb, P + i, ld, P + j, ld, j, P + i + j * ld, ld, r, &diagonal);

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "assembly.hpp"
+#include "pattern.hpp"
 
 namespace spcache {
 
@@ -36,17 +37,17 @@ constexpr double WEAK_PIVOT = 1e-10;
 
 // The functions of KLU by index type (32-bit, or wide) ...
 template <bool wide> struct KluIndex;
-#define SPCACHE_KLU_INDEX(WIDE, PREFIX, MAXTRANS)                                                        \
-  template <> struct KluIndex<WIDE> {                                                                    \
-    using Common = PREFIX##common;                                                                       \
-    using Symbolic = PREFIX##symbolic;                                                                   \
-    using Numeric = PREFIX##numeric;                                                                     \
-    using Int = decltype(Symbolic::n); /* SuiteSparse_long or int64_t, as the version has it */          \
-    static constexpr auto* defaults = PREFIX##defaults;                                                  \
-    static constexpr auto* analyze = PREFIX##analyze;                                                    \
-    static constexpr auto* free_symbolic = PREFIX##free_symbolic;                                        \
-    static constexpr auto* maxtrans = MAXTRANS;                                                          \
-    static constexpr auto* allocate = PREFIX##malloc;                                                    \
+#define SPCACHE_KLU_INDEX(WIDE, PREFIX, MAXTRANS) \
+  template <> struct KluIndex<WIDE> { \
+    using Common = PREFIX##common; \
+    using Symbolic = PREFIX##symbolic; \
+    using Numeric = PREFIX##numeric; \
+    using Int = decltype(Symbolic::n); /* SuiteSparse_long or int64_t, as the version has it */ \
+    static constexpr auto* defaults = PREFIX##defaults; \
+    static constexpr auto* analyze = PREFIX##analyze; \
+    static constexpr auto* free_symbolic = PREFIX##free_symbolic; \
+    static constexpr auto* maxtrans = MAXTRANS; \
+    static constexpr auto* allocate = PREFIX##malloc; \
   };
 SPCACHE_KLU_INDEX(false, klu_, btf_maxtrans)
 SPCACHE_KLU_INDEX(true, klu_l_, btf_l_maxtrans)
@@ -54,15 +55,15 @@ SPCACHE_KLU_INDEX(true, klu_l_, btf_l_maxtrans)
 
 // ... and by number type too.
 template <bool wide, class T> struct Klu;
-#define SPCACHE_KLU(WIDE, NUMBER, PREFIX)                                                                \
-  template <> struct Klu<WIDE, NUMBER> : KluIndex<WIDE> {                                                \
-    static constexpr auto* factor = PREFIX##factor;                                                      \
-    static constexpr auto* refactor = PREFIX##refactor;                                                  \
-    static constexpr auto* solve = PREFIX##solve;                                                        \
-    static constexpr auto* tsolve = PREFIX##tsolve;                                                      \
-    static constexpr auto* rgrowth = PREFIX##rgrowth;                                                    \
-    static constexpr auto* condest = PREFIX##condest;                                                    \
-    static constexpr auto* free_numeric = PREFIX##free_numeric;                                          \
+#define SPCACHE_KLU(WIDE, NUMBER, PREFIX) \
+  template <> struct Klu<WIDE, NUMBER> : KluIndex<WIDE> { \
+    static constexpr auto* factor = PREFIX##factor; \
+    static constexpr auto* refactor = PREFIX##refactor; \
+    static constexpr auto* solve = PREFIX##solve; \
+    static constexpr auto* tsolve = PREFIX##tsolve; \
+    static constexpr auto* rgrowth = PREFIX##rgrowth; \
+    static constexpr auto* condest = PREFIX##condest; \
+    static constexpr auto* free_numeric = PREFIX##free_numeric; \
   };
 SPCACHE_KLU(false, double, klu_)
 SPCACHE_KLU(false, Complex<double>, klu_z_)
@@ -110,19 +111,16 @@ class AnalysisOf final : public Analysis {
  public:
   using K = KluIndex<wide>;
   using Int = typename K::Int;
-  std::vector<Int> indptr;                      // [n + 1]
-  std::vector<Int> indices;                     // [nnz(A)]
-  typename K::Common common;                    // options; every call works on a copy
-  typename K::Symbolic* symbolic = nullptr;     // owned
+  std::vector<Int> indptr;                   // [n + 1]
+  std::vector<Int> indices;                  // [nnz(A)]
+  typename K::Common common;                 // options; every call works on a copy
+  typename K::Symbolic* symbolic = nullptr;  // owned
 
   template <class P, class R>
-  AnalysisOf(int64_t order, const P* Ap, const R* Ai, int ordering) : indptr(Ap, Ap + order + 1), indices(Ai, Ai + Ap[order]) {
+  AnalysisOf(int64_t order, const P* Ap, const R* Ai, int ordering) : AnalysisOf(order, Ap, Ai) {
     K::defaults(&common);
     common.tol = PIVOT_TOLERANCE;
     common.ordering = ordering;
-    n = order;
-    rank = order;
-    unmatched = -1;
     symbolic = K::analyze(Int(n), indptr.data(), indices.data(), &common);
     if (!symbolic) return;
     bool predicted = ordering == 0;
@@ -137,10 +135,17 @@ class AnalysisOf final : public Analysis {
   Factors* factors(Dtype dtype, int64_t batch) const override;
   Analysis* widened(int* status) const override;
   int64_t nbytes() const override {
-    return int64_t(sizeof *this + sizeof *symbolic) + int64_t(sizeof(Int)) * int64_t(4 * n + 2 + indices.size()) + 8 * n;
+    size_t numbers = indptr.size() + indices.size() + 3 * size_t(n) + 1;  // and P, Q, R of KLU
+    return int64_t(sizeof *this + sizeof *symbolic + sizeof(Int) * numbers + sizeof(double) * size_t(n));
   }
 
  private:
+  // Complete before anything can throw, so that the destructor runs.
+  template <class P, class R>
+  AnalysisOf(int64_t order, const P* Ap, const R* Ai) : indptr(Ap, Ap + order + 1), indices(Ai, Ai + Ap[order]) {
+    n = rank = order;
+    unmatched = -1;
+  }
   // A maximum matching of columns to rows, for the structural rank and a column that is left over.
   void match() {
     std::vector<Int> column_of(n), work(5 * n);
@@ -167,7 +172,8 @@ class AnalysisOf final : public Analysis {
 
 // Analyzes a CSC structure (indptr [n + 1], indices [indptr[n]]; n > 0). ordering: 0 AMD, 1 COLAMD, 2 natural, each
 // inside the blocks of the block triangular form. Null, and KLU's status, where that fails.
-inline Analysis* analyze(int64_t n, const int64_t* indptr, const int32_t* indices, int ordering, bool wide, int* status) {
+inline Analysis* analyze(int64_t n, const int64_t* indptr, const int32_t* indices, int ordering, bool wide,
+                         int* status) {
   constexpr int64_t LIMIT = int64_t(1) << 28;  // entries of A and of L below which 32-bit indices suffice
   if (!wide && indptr[n] + n < LIMIT) {
     auto narrow = std::make_unique<AnalysisOf<false>>(n, indptr, indices, ordering);
@@ -211,7 +217,10 @@ class FactorsOf final : public Factors {
   std::vector<Factor> matrices;  // [batch]
 
  public:
-  FactorsOf(const AnalysisOf<wide>& analysis, int64_t batch) : plan(analysis), matrices(batch) { failed.assign(batch, 0); }
+  FactorsOf(const AnalysisOf<wide>& analysis, int64_t batch) : plan(analysis), matrices(batch) {
+    failed.assign(batch, 0);
+    failures = batch;
+  }
   ~FactorsOf() override {
     for (Factor& f : matrices) release(f);
   }
@@ -243,7 +252,10 @@ class FactorsOf final : public Factors {
     for (size_t e = 0; e < matrices.size(); e++) {
       memset(work, 0, sizeof(T) * plan.indices.size());
       assemble(assembly, 0, static_cast<const S*>(values) + e * assembly.nnz, A);
-      int status = factorize(matrices[e], lender ? &lender->matrices[e % lender->matrices.size()] : nullptr, A, check, &failed[e]);
+      failed[e] = not_finite(A);
+      if (failed[e] >= 0) continue;  // older pivots stay
+      const Factor* other = lender ? &lender->matrices[e % lender->matrices.size()] : nullptr;
+      int status = factorize(matrices[e], other, A, check, &failed[e]);
       if (status < KLU_OK) return status;
       if (failed[e] < 0) failures--;
     }
@@ -276,9 +288,19 @@ class FactorsOf final : public Factors {
     K::free_numeric(&f.numeric, &common);
   }
 
+  // The first column with an entry that is not finite, -1 where there is none.
+  int64_t not_finite(const T* A) const {
+    constexpr int64_t reals = sizeof(T) / sizeof(double);
+    if (all_finite(numbers(A), reals * int64_t(plan.indices.size()))) return -1;
+    const Int* p = plan.indptr.data();
+    while (all_finite(numbers(A + p[0]), reals * int64_t(p[1] - p[0]))) p++;
+    return p - plan.indptr.data();
+  }
+
   // Factors one matrix; *column becomes -1, or the column at which it failed. Returns a status of KLU.
   int factorize(Factor& f, const Factor* donor, const T* A, bool check, int64_t* column) {
     Common common = plan.common;
+    *column = 0;  // until it has a factor
     if (!f.numeric && donor && donor->numeric) {
       f = {copy(*donor->numeric, common), donor->growth, donor->rcond};
       if (!f.numeric) return KLU_OUT_OF_MEMORY;
@@ -409,8 +431,8 @@ class FactorsOf final : public Factors {
     visit(numeric.Work, numeric.worksize, size_t(1));
     visit(numeric.LUsize, blocks, sizeof(size_t));
     visit(numeric.LUbx, blocks, sizeof(void*));
-    for (size_t b = 0; b < blocks; b++)
-      if (numeric.LUbx && numeric.LUbx[b]) visit(numeric.LUbx[b], numeric.LUsize[b], sizeof(T));  // blocks of one row: null
+    for (size_t b = 0; b < blocks; b++)  // blocks of one row have none
+      if (numeric.LUbx && numeric.LUbx[b]) visit(numeric.LUbx[b], numeric.LUsize[b], sizeof(T));
   }
 
   // A klu_numeric that owns copies of every array of `from`; null where memory runs out.

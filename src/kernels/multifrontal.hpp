@@ -29,8 +29,9 @@ struct Tree {
   const int64_t* update;    // [supernodes]     offset of the update matrix in the workspace
   const int32_t* child;     // [supernodes + 1] into children
   const int32_t* children;  // [child[supernodes]]
+  const int32_t* relative;  // [row[supernodes]] the same rows as rows of the parent's front
   const int64_t* run;       // [supernodes + 1] into runs
-  const Run* runs;          // [run[supernodes]] the update matrix's rows in the parent's front
+  const Run* runs;          // [run[supernodes]] the same as stretches, listed where these are long
 };
 
 // Scratch memory of one call: the update matrices, the packed blocks of large fronts.

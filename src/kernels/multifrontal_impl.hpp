@@ -19,17 +19,28 @@ inline void add(T* dst, const T* src, int64_t count) {
   }
 }
 
-// Adds a child's update matrix C [u, u] into its parent's front: panel P [m, k] and update matrix U [m-k, m-k].
+// Adds the update matrix C [u, u] of child c into its parent's front: panel P [m, k], update matrix U [m-k, m-k].
 template <class T>
-void extend_add(const Run* runs, int64_t count, const T* C, int64_t u, T* P, int64_t m, int64_t k, T* U) {
-  for (int64_t a = 0; a < count; a++)
-    for (int32_t c = 0; c < runs[a].length; c++) {
-      const int64_t j = runs[a].to + c;
-      const T* source = C + (runs[a].from + c) * u;
-      T* column = j < k ? P + j * m : U + (j - k) * (m - k) - k;  // column[i] is the entry of front row i
-      add(column + j, source + runs[a].from + c, runs[a].length - c);
-      for (int64_t b = a + 1; b < count; b++) add(column + runs[b].to, source + runs[b].from, runs[b].length);
+void extend_add(const Tree& t, int32_t c, const T* C, T* P, int64_t m, int64_t k, T* U) {
+  const int64_t u = t.row[c + 1] - t.row[c], count = t.run[c + 1] - t.run[c];
+  const Run* runs = t.runs + t.run[c];
+  const int32_t* to = t.relative + t.row[c];
+  auto target = [=](int64_t j) { return j < k ? P + j * m : U + (j - k) * (m - k) - k; };  // [i]: row i of the front
+  if (count) {
+    for (int64_t a = 0; a < count; a++)
+      for (int32_t j = 0; j < runs[a].length; j++) {
+        T* column = target(runs[a].to + j);
+        const T* source = C + (runs[a].from + j) * u;
+        add(column + runs[a].to + j, source + runs[a].from + j, runs[a].length - j);
+        for (int64_t b = a + 1; b < count; b++) add(column + runs[b].to, source + runs[b].from, runs[b].length);
+      }
+  } else {
+    for (int64_t j = 0; j < u; j++) {
+      T* column = target(to[j]);
+      const T* source = C + j * u;
+      for (int64_t i = j; i < u; i++) column[to[i]] += source[i];
     }
+  }
 }
 
 template <class T>
@@ -44,7 +55,7 @@ int64_t factorize(const Tree& t, const Assembly& a, const void* values, void* fa
     assemble(a, s, static_cast<const T*>(values), P);
     for (int32_t e = t.child[s]; e < t.child[s + 1]; e++) {
       const int32_t c = t.children[e];
-      extend_add(t.runs + t.run[c], t.run[c + 1] - t.run[c], update + t.update[c], t.row[c + 1] - t.row[c], P, m, k, U);
+      extend_add(t, c, update + t.update[c], P, m, k, U);
     }
     if (int64_t bad = factor_front(P, m, k, U, static_cast<T*>(scratch.pack))) return t.first[s] + bad;
   }
