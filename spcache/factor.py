@@ -37,10 +37,12 @@ class NumericFactor:
         dtype: scalar type of the values.
         failures: per matrix, why it has no factor; None where all have one.
         failed: the same as a bool tensor of `batch_shape`, or None.
+        finite: whether the values were seen to be finite before they were factorized.
     """
 
     __slots__ = (
-        "__weakref__", "_copy", "_idle", "_stats", "batch_shape", "dtype", "failed", "failures", "n", "plan", "storage",
+        "__weakref__", "_copy", "_idle", "_stats", "batch_shape", "dtype", "failed", "failures", "finite", "n", "plan",
+        "storage",
     )  # fmt: skip
 
     def __init__(
@@ -52,18 +54,19 @@ class NumericFactor:
         idle: list[tuple[Storage, ValuesCopy]],
         values: Tensor,
     ):
+        self._copy = copy
+        self._idle = idle
+        self._stats = pool.stats
         self.plan = pool.plan
         self.n = n
         self.storage = storage
         self.batch_shape = values.shape[:-1]
         self.dtype = values.dtype
+        self.finite = False
         self.failures = storage.failures()
         self.failed: Tensor | None = None
         if self.failures is not None:
             self.failed = torch.tensor([f is not None for f in self.failures]).view(self.batch_shape)
-        self._copy = copy
-        self._idle = idle
-        self._stats = pool.stats
 
     def __del__(self) -> None:
         if len(self._idle) < _KEEP_IDLE:
@@ -102,15 +105,12 @@ class NumericFactor:
 
     def info(self) -> Tensor:
         """[*B; int32] 0, or 1 + the failing column in the caller's numbering, or -1 where values are not finite."""
-        info = torch.zeros(self.batch_shape, dtype=torch.int32)
-        if self.failures is not None:
-            flat = info.view(-1)
-            for e, failure in enumerate(self.failures):
-                if failure is not None:
-                    flat[e] = (
-                        failure.column + 1 if self._copy.finite(e, self.storage.batch, DTYPE_CODES[self.dtype]) else -1
-                    )
-        return info
+        batch, code = self.storage.batch, DTYPE_CODES[self.dtype]
+        failures = self.failures if self.failures is not None else [None] * batch
+        info = [0 if f is None else f.column + 1 for f in failures]
+        if not self.finite:
+            info = [k if self._copy.finite(e, batch, code) else -1 for e, k in enumerate(info)]
+        return torch.tensor(info, dtype=torch.int32).view(self.batch_shape)
 
 
 class Pool:

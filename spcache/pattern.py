@@ -44,6 +44,11 @@ class Contributions(NamedTuple):
     sources: np.ndarray  # [contributions; int32] entry of the caller
     roles: np.ndarray  # [contributions; uint8]
 
+    @property
+    def nbytes(self) -> int:
+        arrays = (self.structure.indptr, self.structure.indices, self.slots, self.sources, self.roles)
+        return sum(a.nbytes for a in arrays)
+
 
 class Pattern:
     """A sparsity pattern; immutable.
@@ -70,7 +75,9 @@ class Pattern:
 
     @property
     def nbytes(self) -> int:
-        return self.rows.nbytes + self.columns.nbytes
+        """Memory of the indices, and of the structures asked for so far."""
+        made = (self.__dict__.get(name) for name in ("stored", "lower", "mirrored"))
+        return self.rows.nbytes + self.columns.nbytes + sum(c.nbytes for c in made if c is not None)
 
     @lazy
     def entries(self) -> Entries:

@@ -206,15 +206,15 @@ class SparseSystem:
             info = torch.zeros(x.shape[: -1 if vector else -2], dtype=torch.int32)
             return x, info + (1 if x.numel() else 0)  # no entries: the first column is singular
         numeric = self.find(values, raising=False)
-        bad_b = ~(torch.isfinite(b).all(-1) if vector else torch.isfinite(b).flatten(-2).all(-1))
-        info, bad_b = torch.broadcast_tensors(numeric.info(), bad_b)
-        info = torch.where(bad_b & (info == 0), info.new_full((), -1), info)
-        if check_errors:
-            if numeric.failures is not None:
-                self._raise(numeric)
-            if bad_b.any():
-                self.require_finite("b", b)
-        return solve(self, numeric, values, b, vector, False, bad_b if bad_b.any() else None), info
+        finite = torch.isfinite(b).all(-1) if vector else torch.isfinite(b).flatten(-2).all(-1)
+        info, finite = torch.broadcast_tensors(numeric.info(), finite)
+        info = info.masked_fill(~finite, -1)
+        failed = info != 0
+        if check_errors and failed.any():
+            self.require_finite("values", values)
+            self.require_finite("b", b)
+            self._raise(numeric)
+        return solve(self, numeric, values, b, vector, False, failed if failed.any() else None), info
 
     def factorize(self, values: Tensor) -> Factor:
         """The factorization of one batch of values, to be solved with any number of times.
@@ -305,18 +305,24 @@ class SparseSystem:
         """The factor of values that can be read: the one held, if they are equal bit by bit, or a new one.
 
         Args:
-            raising: raise where a matrix has no factor; None: if this system checks.
+            raising: raise where values are not finite or a matrix has no factor; None: if this system checks.
         """
         raising = self._check if raising is None else raising
         values = plain(values.detach())
         held = self._held
         if held is not None and held.same_values(values):
             self._stats.reuses += 1
+            if raising and not held.finite:
+                self.require_finite("values", values)
         else:
             if raising:
-                self._require_sound(values)
+                self.require_finite("values", values)
+            if self._check and self.convention.mirror != NONE and not self.convention.one_triangle:
+                self._require_symmetric(values)
             self._held = held = None  # its storage goes back to the pool before new storage is lent
-            self._held = held = self._factorize(values)
+            held = self._factorize(values)
+            held.finite = raising
+            self._held = held
         if raising and held.failures is not None:
             self._held = None
             self._raise(held)
@@ -376,11 +382,8 @@ class SparseSystem:
             f"(check=False lets it pass, solve_ex reports it)"
         )
 
-    def _require_sound(self, values: Tensor) -> None:
-        """Finite values, and symmetric ones where the kind says so."""
-        self.require_finite("values", values)
-        if self.convention.mirror == NONE or self.convention.one_triangle:
-            return
+    def _require_symmetric(self, values: Tensor) -> None:
+        """Values whose triangles agree, as the kind says."""
         for e, (address, dtype) in enumerate(_matrices(values)):
             difference, largest = self._pattern.paired.asymmetry(
                 address, self.nnz, dtype, self.convention.mirror == CONJUGATED

@@ -216,7 +216,15 @@ cdef class Symbolic:
 
     @property
     def nbytes(self):
-        return self.plan.get().nbytes()
+        """Memory of the plan and of idle scratch."""
+        cdef int64_t total = self.plan.get().nbytes()
+        for idle in self.idle_scratch:
+            for update, pack in list(idle):
+                total += update.nbytes + pack.nbytes
+        for idle in self.idle_work:
+            for work in list(idle):
+                total += work.nbytes
+        return total
 
     @property
     def supernodes(self):

@@ -448,9 +448,12 @@ class FactorsOf final : public Factors {
       complete &= target != nullptr;
       if (target && source != from.Work) memcpy(target, source, count * size);
     });
+    if (!complete) {  // arrays not reached are null
+      K::free_numeric(&to, &common);
+      return nullptr;
+    }
     to->Xwork = to->Work;
     to->Iwork = reinterpret_cast<Int*>(static_cast<T*>(to->Work) + to->n);
-    if (!complete) K::free_numeric(&to, &common);  // arrays not reached are null
     return to;
   }
 };

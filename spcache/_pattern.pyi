@@ -1,0 +1,47 @@
+import numpy as np
+
+def compress(rows: np.ndarray, columns: np.ndarray, m: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
+def all_finite(address: int, count: int, dtype: int) -> bool: ...
+
+class ValuesCopy:
+    nbytes: int
+    def keep(self, address: int, nbytes: int) -> None: ...
+    def finite(self, part: int, parts: int, dtype: int) -> bool: ...
+    def equals(self, address: int, nbytes: int) -> bool: ...
+
+class Assembly:
+    def __init__(
+        self,
+        nnz: int,
+        slots: np.ndarray,
+        sources: np.ndarray,
+        roles: np.ndarray,
+        groups: int,
+        group_of: np.ndarray | None,
+        position_of: np.ndarray | None,
+        weight: float,
+        hermitian: bool,
+    ) -> None: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+class Entries:
+    def __init__(self, rows: np.ndarray, columns: np.ndarray) -> None: ...
+    def pair(self, n: int, indptr: np.ndarray, indices: np.ndarray, slots: np.ndarray) -> None: ...
+    def asymmetry(self, values: int, nnz: int, dtype: int, hermitian: bool) -> tuple[float, float]: ...
+    def positive_hermitian(self, values: int, nnz: int, dtype: int, tolerance: float) -> bool: ...
+    def outer(
+        self,
+        u: int,
+        w: int,
+        out: int,
+        batch: int,
+        m: int,
+        n: int,
+        width: int,
+        dtype: int,
+        mirror: int,
+        one_triangle: bool,
+    ) -> None: ...
