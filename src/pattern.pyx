@@ -19,6 +19,7 @@ cdef extern from "kernels/pattern.hpp" namespace "spcache" nogil:
     cdef cppclass c128 "spcache::Complex<double>":
         pass
     ctypedef int Mirror
+    const int64_t AHEAD
     cdef struct CAssembly "spcache::Assembly":
         int64_t nnz, groups
         double weight
@@ -147,7 +148,7 @@ cdef class Assembly:
         if position_of is not None:
             position = data64(position_of)
         self.begin.resize(3 * groups + 1)
-        self.source.resize(count)
+        self.source.assign(count + AHEAD, 0)
         self.target.resize(count)
         with nogil:
             sort_contributions(count, slot, source, role, group, position, groups,

@@ -15,13 +15,15 @@ namespace spcache {
 
 enum Role : uint8_t { DIRECT = 0, MIRRORED = 1, DIAGONAL = 2 };
 
+constexpr int64_t AHEAD = 24;  // contributions between prefetching a value and adding it
+
 struct Assembly {
   int64_t nnz;             // length of the values it reads
   int64_t groups;          // how many groups it writes
   double weight;           // of an off-diagonal contribution: 1, or 1/2 where both triangles are averaged
   bool hermitian;          // conjugate what is mirrored, keep the real part of the diagonal
   const int64_t* begin;    // [3 * groups + 1] first contribution of (group, role)
-  const int32_t* source;   // [contributions] index into the values
+  const int32_t* source;   // [contributions + AHEAD] index into the values; what lies behind the last is only prefetched
   const uint32_t* target;  // [contributions] index into the group's storage
 };
 
@@ -30,18 +32,19 @@ template <class T, class S>
 inline void assemble(const Assembly& a, int64_t group, const S* values, T* out) {
   const int64_t* begin = a.begin + 3 * group;
   const Real<T> weight = Real<T>(a.weight);
-  for (int64_t e = begin[DIRECT]; e < begin[DIRECT + 1]; e++)
-    out[a.target[e]] += weight * T(values[a.source[e]]);
+  auto each = [&](Role role, auto contribution) {
+    for (int64_t e = begin[role]; e < begin[role + 1]; e++) {
+      __builtin_prefetch(values + a.source[e + AHEAD]);
+      out[a.target[e]] += contribution(T(values[a.source[e]]));
+    }
+  };
+  each(DIRECT, [=](T v) { return weight * v; });
   if (a.hermitian) {
-    for (int64_t e = begin[MIRRORED]; e < begin[MIRRORED + 1]; e++)
-      out[a.target[e]] += weight * conj(T(values[a.source[e]]));
-    for (int64_t e = begin[DIAGONAL]; e < begin[DIAGONAL + 1]; e++)
-      out[a.target[e]] += T(real(T(values[a.source[e]])));
+    each(MIRRORED, [=](T v) { return weight * conj(v); });
+    each(DIAGONAL, [](T v) { return T(real(v)); });
   } else {
-    for (int64_t e = begin[MIRRORED]; e < begin[MIRRORED + 1]; e++)
-      out[a.target[e]] += weight * T(values[a.source[e]]);
-    for (int64_t e = begin[DIAGONAL]; e < begin[DIAGONAL + 1]; e++)
-      out[a.target[e]] += T(values[a.source[e]]);
+    each(MIRRORED, [=](T v) { return weight * v; });
+    each(DIAGONAL, [](T v) { return v; });
   }
 }
 

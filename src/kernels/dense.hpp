@@ -29,10 +29,11 @@ struct Diagonal {
 };
 
 // C[rows, NR] -= A[rows, depth] * conj(B[NR, depth])^T; `rows` fills MV vectors but for the lanes missing in the last.
+// Where C is `fresh`, its old contents count as zero.
 // With a diagonal block the result is multiplied by its inverse conjugate transpose from the right: X = C L^-H.
 template <class T, int MV, int NR, bool SOLVE>
 inline __attribute__((always_inline)) void tile(const T* A, int64_t lda, const T* B, int64_t ldb, int64_t depth, T* C,
-                                                int64_t ldc, int rows, const Diagonal<T>* diagonal) {
+                                                int64_t ldc, int rows, bool fresh, const Diagonal<T>* diagonal) {
   constexpr int w = W<T>;
   V<T> sum[MV][NR];
   UNROLL for (int v = 0; v < MV; v++)
@@ -55,7 +56,8 @@ inline __attribute__((always_inline)) void tile(const T* A, int64_t lda, const T
   UNROLL for (int v = 0; v < MV; v++) {
     const bool part = partial && v == MV - 1;
     UNROLL for (int c = 0; c < NR; c++) {
-      V<T> x = part ? load_part(C + c * ldc + v * w, last) : load(C + c * ldc + v * w);
+      V<T> x = broadcast(T(0));
+      if (!fresh) x = part ? load_part(C + c * ldc + v * w, last) : load(C + c * ldc + v * w);
       sum[v][c] = x - sum[v][c];
     }
     if constexpr (SOLVE)
@@ -73,39 +75,39 @@ inline __attribute__((always_inline)) void tile(const T* A, int64_t lda, const T
 // The tile for `rows` <= TILE_ROWS rows.
 template <class T, int NR, bool SOLVE>
 void tile_rows(const T* A, int64_t lda, const T* B, int64_t ldb, int64_t depth, T* C, int64_t ldc, int64_t rows,
-               const Diagonal<T>* diagonal) {
-  if (rows > 2 * W<T>) tile<T, 3, NR, SOLVE>(A, lda, B, ldb, depth, C, ldc, int(rows), diagonal);
-  else if (rows > W<T>) tile<T, 2, NR, SOLVE>(A, lda, B, ldb, depth, C, ldc, int(rows), diagonal);
-  else tile<T, 1, NR, SOLVE>(A, lda, B, ldb, depth, C, ldc, int(rows), diagonal);
+               bool fresh, const Diagonal<T>* diagonal) {
+  if (rows > 2 * W<T>) tile<T, 3, NR, SOLVE>(A, lda, B, ldb, depth, C, ldc, int(rows), fresh, diagonal);
+  else if (rows > W<T>) tile<T, 2, NR, SOLVE>(A, lda, B, ldb, depth, C, ldc, int(rows), fresh, diagonal);
+  else tile<T, 1, NR, SOLVE>(A, lda, B, ldb, depth, C, ldc, int(rows), fresh, diagonal);
 }
 
 // The same for `columns` <= NB<T> rows of B.
 template <class T, bool SOLVE>
 void tile_any(int columns, const T* A, int64_t lda, const T* B, int64_t ldb, int64_t depth, T* C, int64_t ldc,
-              int64_t rows, const Diagonal<T>* diagonal) {
+              int64_t rows, bool fresh, const Diagonal<T>* diagonal) {
   static_assert(TILE_COLUMNS <= 8 && TILE_ROWS<T> >= NB<T>);
   switch (columns) {
-    case 1: return tile_rows<T, 1, SOLVE>(A, lda, B, ldb, depth, C, ldc, rows, diagonal);
-    case 2: return tile_rows<T, 2, SOLVE>(A, lda, B, ldb, depth, C, ldc, rows, diagonal);
-    case 3: return tile_rows<T, 3, SOLVE>(A, lda, B, ldb, depth, C, ldc, rows, diagonal);
-    case 4: return tile_rows<T, 4, SOLVE>(A, lda, B, ldb, depth, C, ldc, rows, diagonal);
+    case 1: return tile_rows<T, 1, SOLVE>(A, lda, B, ldb, depth, C, ldc, rows, fresh, diagonal);
+    case 2: return tile_rows<T, 2, SOLVE>(A, lda, B, ldb, depth, C, ldc, rows, fresh, diagonal);
+    case 3: return tile_rows<T, 3, SOLVE>(A, lda, B, ldb, depth, C, ldc, rows, fresh, diagonal);
+    case 4: return tile_rows<T, 4, SOLVE>(A, lda, B, ldb, depth, C, ldc, rows, fresh, diagonal);
 #if defined(__AVX512F__)
-    case 5: return tile_rows<T, 5, SOLVE>(A, lda, B, ldb, depth, C, ldc, rows, diagonal);
-    case 6: return tile_rows<T, 6, SOLVE>(A, lda, B, ldb, depth, C, ldc, rows, diagonal);
-    case 7: return tile_rows<T, 7, SOLVE>(A, lda, B, ldb, depth, C, ldc, rows, diagonal);
-    case 8: return tile_rows<T, 8, SOLVE>(A, lda, B, ldb, depth, C, ldc, rows, diagonal);
+    case 5: return tile_rows<T, 5, SOLVE>(A, lda, B, ldb, depth, C, ldc, rows, fresh, diagonal);
+    case 6: return tile_rows<T, 6, SOLVE>(A, lda, B, ldb, depth, C, ldc, rows, fresh, diagonal);
+    case 7: return tile_rows<T, 7, SOLVE>(A, lda, B, ldb, depth, C, ldc, rows, fresh, diagonal);
+    case 8: return tile_rows<T, 8, SOLVE>(A, lda, B, ldb, depth, C, ldc, rows, fresh, diagonal);
 #endif
   }
 }
 
 // C[rows, columns] -= A * conj(A[0:columns])^T on and below the diagonal, straight from the panel.
 template <class T>
-void update_small(const T* A, int64_t lda, int64_t rows, int64_t columns, int64_t depth, T* C, int64_t ldc) {
+void update_small(const T* A, int64_t lda, int64_t rows, int64_t columns, int64_t depth, T* C, int64_t ldc, bool fresh) {
   for (int64_t j = 0; j < columns; j += NB<T>) {
     int nr = int(columns - j < NB<T> ? columns - j : NB<T>);
     for (int64_t i = j; i < rows; i += TILE_ROWS<T>) {
       int64_t r = rows - i < TILE_ROWS<T> ? rows - i : TILE_ROWS<T>;
-      tile_any<T, false>(nr, A + i, lda, A + j, lda, depth, C + i + j * ldc, ldc, r, nullptr);
+      tile_any<T, false>(nr, A + i, lda, A + j, lda, depth, C + i + j * ldc, ldc, r, fresh, nullptr);
     }
   }
 }
@@ -137,20 +139,19 @@ Packed<T> pack_both(const T* A, int64_t lda, int64_t rows, int64_t depth, T* mem
   return {memory, columns, rows, depth};
 }
 
-// C(i, j) -= A(i) . conj(A(j)) for columns j in [from, to), rows i >= j (or a few more above, to keep tiles whole);
-// C points at the entry (0, 0) of the numbering that the packed rows have. `from` is a multiple of NB.
+// C[rows, columns] -= A * conj(A[0:columns])^T on and below the diagonal (and a little above, to keep tiles whole).
 template <class T>
-void update_packed(const Packed<T>& A, int64_t from, int64_t to, T* C, int64_t ldc) {
+void update_packed(const Packed<T>& A, int64_t columns, T* C, int64_t ldc, bool fresh) {
   const int64_t height = TILE_ROWS<T>, strip = STRIP * height;
-  for (int64_t top = from / height * height; top < A.count; top += strip) {
+  for (int64_t top = 0; top < A.count; top += strip) {
     int64_t bottom = top + strip < A.count ? top + strip : A.count;
-    for (int64_t j = from; j < to && j < bottom; j += NB<T>) {
-      int nr = int(to - j < NB<T> ? to - j : NB<T>);
+    for (int64_t j = 0; j < columns && j < bottom; j += NB<T>) {
+      int nr = int(columns - j < NB<T> ? columns - j : NB<T>);
       int64_t i = j / height * height;
       for (i = i > top ? i : top; i < bottom; i += height) {
         int64_t r = A.count - i < height ? A.count - i : height;
         tile_any<T, false>(nr, A.rows + i * A.depth, height, A.columns + j * A.depth, NB<T>, A.depth, C + i + j * ldc, ldc,
-                           r, nullptr);
+                           r, fresh, nullptr);
       }
     }
   }
@@ -211,24 +212,24 @@ int64_t factor_panel(T* P, int64_t m, int64_t k, int64_t ld) {
   for (int64_t j = 0; j < k; j += NB<T>) {
     int nb = int(k - j < NB<T> ? k - j : NB<T>);
     T* D = P + j + j * ld;
-    if (j) update_small(P + j, ld, nb, nb, j, D, ld);
+    if (j) update_small(P + j, ld, nb, nb, j, D, ld, false);
     if (int bad = factor_diagonal(nb, D, ld, diagonal)) return j + bad;
     for (int64_t i = j + nb; i < m; i += TILE_ROWS<T>) {
       int64_t r = m - i < TILE_ROWS<T> ? m - i : TILE_ROWS<T>;
-      tile_any<T, true>(nb, P + i, ld, P + j, ld, j, P + i + j * ld, ld, r, &diagonal);
+      tile_any<T, true>(nb, P + i, ld, P + j, ld, j, P + i + j * ld, ld, r, false, &diagonal);
     }
   }
   return 0;
 }
 
 // Partial Cholesky of a front: the panel P [m, k] becomes the factor, the update matrix U [m-k, m-k] is reduced by
-// L21 L21^H. Returns 0, or 1 + the column whose pivot is not positive.
+// L21 L21^H (from zero where it is fresh). Returns 0, or 1 + the column whose pivot is not positive.
 template <class T>
-int64_t factor_front(T* P, int64_t m, int64_t k, T* U, T* memory) {
+int64_t factor_front(T* P, int64_t m, int64_t k, T* U, bool fresh, T* memory) {
   const int64_t u = m - k;
   if (m < PACK_FROM || W<T> == 1) {
     if (int64_t bad = factor_panel(P, m, k, m)) return bad;
-    update_small(P + k, m, u, u, k, U, u);
+    update_small(P + k, m, u, u, k, U, u, fresh);
     return 0;
   }
   for (int64_t J = 0; J < k; J += BLOCK) {
@@ -237,10 +238,10 @@ int64_t factor_front(T* P, int64_t m, int64_t k, T* U, T* memory) {
     if (!rest) break;
     if (next < k) {  // later columns of the panel
       Packed<T> A = pack_both(P + next + J * m, m, rest, kb, memory);
-      update_packed(A, 0, k - next, P + next + next * m, m);
+      update_packed(A, k - next, P + next + next * m, m, false);
     }
     Packed<T> A = pack_both(P + k + J * m, m, u, kb, memory);
-    update_packed(A, 0, u, U, u);
+    update_packed(A, u, U, u, fresh && J == 0);
   }
   return 0;
 }

@@ -51,13 +51,14 @@ int64_t factorize(const Tree& t, const Assembly& a, const void* values, void* fa
     T* const P = static_cast<T*>(factor) + t.panel[s];
     T* const U = update + t.update[s];
     memset(static_cast<void*>(P), 0, size_t(m * k) * sizeof(T));
-    memset(static_cast<void*>(U), 0, size_t(u * u) * sizeof(T));
+    const bool leaf = t.child[s] == t.child[s + 1];
+    if (!leaf) memset(static_cast<void*>(U), 0, size_t(u * u) * sizeof(T));
     assemble(a, s, static_cast<const T*>(values), P);
     for (int32_t e = t.child[s]; e < t.child[s + 1]; e++) {
       const int32_t c = t.children[e];
       extend_add(t, c, update + t.update[c], P, m, k, U);
     }
-    if (int64_t bad = factor_front(P, m, k, U, static_cast<T*>(scratch.pack))) return t.first[s] + bad;
+    if (int64_t bad = factor_front(P, m, k, U, leaf, static_cast<T*>(scratch.pack))) return t.first[s] + bad;
   }
   return 0;
 }

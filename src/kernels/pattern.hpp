@@ -87,22 +87,23 @@ inline T sum_entries(const int32_t* source, int64_t from, int64_t to, const T* v
 // The largest |a_ij - a_ji| (conjugated where hermitian) and the largest |a_ij|, on summed entries.
 template <class T>
 inline void asymmetry(const Pairs& p, bool hermitian, const T* values, double* difference, double* largest) {
-  double worst = 0, top = 0;
+  Real<T> worst = 0, top = 0;
+  auto raise = [](Real<T>& bound, T z) { Real<T> size = abs(z); bound = size > bound ? size : bound; };
+  const int64_t ahead = 32;  // slots
   for (int64_t s = 0; s < p.slots; s++) {
-    int64_t b = p.begin[2 * s], m = p.begin[2 * s + 1], e = p.begin[2 * s + 2];
-    T lower = m > b ? sum_entries(p.source, b, m, values) : T(0);
-    double size = abs(lower);
-    if (size > top) top = size;
+    const int64_t b = p.begin[2 * s], m = p.begin[2 * s + 1], e = p.begin[2 * s + 2];
+    if (s + ahead < p.slots)
+      for (int64_t q = p.begin[2 * (s + ahead)]; q < p.begin[2 * (s + ahead) + 2]; q++)
+        __builtin_prefetch(values + p.source[q]);
+    const T lower = m > b ? sum_entries(p.source, b, m, values) : T(0);
+    raise(top, lower);
     if (p.row[s] == p.column[s]) {
-      double imaginary = hermitian ? double(abs(lower - conj(lower))) : 0.0;
-      if (imaginary > worst) worst = imaginary;
+      if (hermitian) raise(worst, lower - conj(lower));
       continue;
     }
-    T upper = e > m ? sum_entries(p.source, m, e, values) : T(0);
-    size = abs(upper);
-    if (size > top) top = size;
-    double d = abs(lower - (hermitian ? conj(upper) : upper));
-    if (d > worst) worst = d;
+    const T upper = e > m ? sum_entries(p.source, m, e, values) : T(0);
+    raise(top, upper);
+    raise(worst, lower - (hermitian ? conj(upper) : upper));
   }
   *difference = worst;
   *largest = top;
