@@ -147,8 +147,8 @@ class Source(Protocol):
     def keep_factor(self) -> bool:
         """Whether a node may hold on to its factor."""
 
-    def find(self, values: Tensor) -> NumericFactor:
-        """The factor of values that can be read, found or made; raises as `SparseSystem.solve` does."""
+    def find(self, values: Tensor, raising: bool | None = None) -> NumericFactor:
+        """The factor of values that can be read, found or made; raises as `SparseSystem.solve` does, or never."""
 
     def require_finite(self, name: str, t: Tensor) -> None:
         """Raises if t, an argument of that name, is not finite."""
@@ -244,7 +244,7 @@ class _Solve(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         values, x = ctx.saved_tensors
-        numeric = ctx.numeric if ctx.numeric is not None else ctx.source.find(values)
+        numeric = ctx.numeric if ctx.numeric is not None else ctx.source.find(values, raising=False)
         grad_values: Tensor | None
         grad_b: Tensor | None
         if ctx.failed is not None or _differentiated():
@@ -272,7 +272,7 @@ class _Solve(Function):
         values, b, x = (forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
 
         def solver(values: Tensor, rhs: Tensor, adjoint: bool) -> Tensor:
-            numeric = ctx.numeric if ctx.numeric is not None else ctx.source.find(values)
+            numeric = ctx.numeric if ctx.numeric is not None else ctx.source.find(values, raising=False)
             return solve(ctx.source, numeric, values, rhs, ctx.vector, adjoint)
 
         if torch.is_grad_enabled() and (values.requires_grad or b.requires_grad):
@@ -352,6 +352,7 @@ class _SolveTransformed(Function):
         values_dim, b_dim = in_dims[:2]
         if values_dim is None:
             # One matrix, many right-hand sides: more columns, [*P, n, k] x V -> [*P, n, k V].
+            assert b_dim is not None
             b = b.movedim(b_dim, -1)
             x = _SolveTransformed.apply(values, b.flatten(-2), *rest)
             return x.unflatten(-1, b.shape[-2:]), x.dim()

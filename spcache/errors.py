@@ -4,6 +4,8 @@ Wrong arguments are plain `ValueError` and `TypeError`. Everything here says tha
 mathematics or the machine was not.
 """
 
+from typing import Any
+
 import torch
 
 __all__ = [
@@ -36,7 +38,7 @@ class _FactorizationError(SpcacheError, torch.linalg.LinAlgError):
         self.column = column
         self.batch = batch
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (*self.args, self.column, self.batch)
 
 

@@ -16,7 +16,7 @@ from .stats import Stats
 
 __all__ = ["Factor", "NumericFactor", "Pool", "plain"]
 
-# Idle storages kept per scalar type and batch: fresh memory costs page faults at every step.
+# Idle storages a pool keeps: fresh memory costs page faults at every step.
 _KEEP_IDLE = 4
 
 
@@ -121,13 +121,15 @@ class Pool:
         plan: the symbolic factor.
         assembly: how this system's values get into its storage.
         stats: the system's counters.
+        threads: how many threads a factorization may use; None: as many as torch does.
     """
 
-    def __init__(self, n: int, plan: SymbolicFactor, assembly: Assembly, stats: Stats):
+    def __init__(self, n: int, plan: SymbolicFactor, assembly: Assembly, stats: Stats, threads: int | None):
         self.n = n
         self.plan = plan
         self.assembly = assembly
         self.stats = stats
+        self._threads = threads
         self._idle: dict[tuple[int, int], list[tuple[Storage, ValuesCopy]]] = {}
         self._latest: weakref.ref[NumericFactor] | None = None
         self._used = False
@@ -139,13 +141,15 @@ class Pool:
         try:
             storage, copy = idle.pop()
         except IndexError:
+            self._make_room()
             storage, copy = self.plan.storage(dtype, batch), ValuesCopy()
         latest = self._latest() if self._latest is not None else None
         template = None
         if latest is not None and latest.failures is None and latest.dtype == values.dtype:
             template = latest.storage  # its pivots serve a storage that has none
+        threads = self._threads or torch.get_num_threads()
         start = perf_counter()
-        storage.factorize(self.assembly, values.data_ptr(), values.shape[-1], check, template)
+        storage.factorize(self.assembly, values.data_ptr(), values.shape[-1], check, template, threads)
         copy.keep(values.data_ptr(), values.nbytes)
         stats = self.stats
         stats.seconds["factorize"] += perf_counter() - start
@@ -158,6 +162,15 @@ class Pool:
         factor = NumericFactor(self, self.n, storage, copy, idle, values)
         self._latest = weakref.ref(factor)
         return factor
+
+    def _make_room(self) -> None:
+        """Lets go of what other scalar types and batches left idle, beyond a few."""
+        lists = list(self._idle.values())
+        excess = sum(map(len, lists)) - _KEEP_IDLE + 1
+        for idle in lists:
+            while excess > 0 and idle:
+                idle.pop(0)
+                excess -= 1
 
     @property
     def nbytes(self) -> int:

@@ -49,7 +49,8 @@ class SparseSystem:
         triangle: None, both triangles are stored; "lower" or "upper", only that one is and the other is its mirror
             image. For "spd", "symmetric" and "hermitian".
         ordering: "auto", "amd", "metis" (spd only), "colamd" (all but spd and auto), "natural".
-        threads: number of threads; None leaves it to spcache. The engines of this version use one.
+        threads: the most threads that a factorization may use; None: as many as torch (`torch.get_num_threads`).
+            The result does not depend on it. Small systems, solves and kinds other than "spd" use one thread.
         keep_factor: False drops the factor after each forward solve and factorizes again in the backward pass:
             less memory between the two, one more factorization.
         precision: "working", factors in the precision of the values.
@@ -111,7 +112,7 @@ class SparseSystem:
         if mirror != NONE:
             self._require_partners(triangle)
         self.convention = Convention(self._pattern, mirror, triangle is not None)
-        self._permutation: np.ndarray | None = None
+        self._orderings: dict[str, tuple[str, np.ndarray]] = {}  # kind -> (name, permutation), from a pickle
         self._start()
 
     def _start(self) -> None:
@@ -347,9 +348,7 @@ class SparseSystem:
             ordering = self._options["ordering"]
 
             def analyze() -> Any:
-                if kind == "spd" and self._permutation is not None:
-                    return engine.analyze(contributions.structure, ordering, self._permutation)
-                return engine.analyze(contributions.structure, ordering)
+                return engine.analyze(contributions.structure, *self._orderings.get(kind, (ordering,)))
 
             plan, found = plan_cache.find((engine.__name__, contributions.structure, ordering), analyze)
             averaged = self.convention.mirror != NONE or kind == "spd"
@@ -358,7 +357,9 @@ class SparseSystem:
                 self._pattern.nnz, contributions.slots, contributions.sources, contributions.roles,
                 0.5 if averaged and not one_triangle else 1.0, kind in ("spd", "hermitian"),
             )  # fmt: skip
-            pool = self._pools.setdefault(kind, Pool(self._pattern.n, plan, assembly, self._stats))
+            pool = self._pools.setdefault(
+                kind, Pool(self._pattern.n, plan, assembly, self._stats, self._options["threads"])
+            )
             self._stats.analyses += not found
             self._stats.seconds["analyze"] += perf_counter() - start
         stats, plan = self._stats, pool.plan
@@ -484,15 +485,19 @@ class SparseSystem:
     # --- copies --------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        """Indices, options and the ordering found; the rest is rebuilt on first use."""
-        pool = self._pools.get("spd")
-        permutation = self._permutation if pool is None else pool.plan.permutation
-        indices = np.stack([self._pattern.rows, self._pattern.columns])
-        return {"indices": indices, "shape": self.shape, "options": self._options, "permutation": permutation}
+        """Indices, options and the orderings found; the rest is rebuilt on first use."""
+        plans = {kind: pool.plan for kind, pool in list(self._pools.items())}
+        found = {kind: (p.ordering, p.permutation) for kind, p in plans.items() if p.permutation is not None}
+        return {
+            "indices": np.stack([self._pattern.rows, self._pattern.columns]),
+            "shape": self.shape,
+            "options": self._options,
+            "orderings": self._orderings | found,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         SparseSystem.__init__(self, state["indices"], state["shape"], **state["options"])
-        self._permutation = state["permutation"]
+        self._orderings = state["orderings"]
 
     def __copy__(self) -> SparseSystem:
         """Shares the immutable pattern and plans; counters and factors start anew."""
@@ -500,7 +505,7 @@ class SparseSystem:
         new.__dict__.update(self.__dict__)
         new._start()
         for kind, pool in list(self._pools.items()):
-            new._pools[kind] = Pool(self._pattern.n, pool.plan, pool.assembly, new._stats)
+            new._pools[kind] = Pool(self._pattern.n, pool.plan, pool.assembly, new._stats, self._options["threads"])
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseSystem:

@@ -145,8 +145,8 @@ cdef class Storage:
     def repivots(self):
         return self.factors.get().repivots
 
-    def factorize(self, assembly, uintptr_t values, int64_t nnz, bool check, Storage template=None):
-        """Factors values [batch, nnz]. See spcache/engines/protocol.py."""
+    def factorize(self, assembly, uintptr_t values, int64_t nnz, bool check, Storage template=None, int threads=1):
+        """Factors values [batch, nnz]. See spcache/engines/protocol.py; KLU runs on one thread."""
         cdef uintptr_t address = assembly.address
         cdef const CAssembly* a = <const CAssembly*> address
         cdef const Factors* donor = NULL

@@ -31,10 +31,11 @@ cdef extern from "kernels/multifrontal.hpp" namespace "spcache" nogil:
     cdef struct Tree:
         pass
     cdef struct Scratch:
-        void* update
+        void* own
+        void* shared
         void* pack
+        const int64_t* update
     cdef struct Kernels:
-        int64_t (*factorize)(const Tree&, const CAssembly&, const void*, void*, const Scratch&) noexcept nogil
         void (*solve)(const Tree&, const void*, const void*, void*, int64_t, void*) noexcept nogil
         int32_t lanes
         int64_t (*pack_size)(int64_t) noexcept nogil
@@ -52,9 +53,15 @@ cdef extern from "kernels/analysis.hpp" namespace "spcache" nogil:
         int64_t nbytes()
         Prediction prediction
         int32_t n, supernodes, largest_front
-        int64_t update_size
         vector[int32_t] perm, supernode_of
         vector[int64_t] position_of, panel
+    cdef cppclass Schedule:
+        Schedule(const Plan&, int) except +
+        vector[int32_t] top
+        vector[int64_t] update
+        int64_t own_size, shared_size
+    int64_t c_factorize "spcache::factorize"(const Kernels&, const Tree&, const Schedule&, const CAssembly&, const void*,
+                                             void*, const Scratch*, int)
     Prediction c_predict "spcache::predict"(int32_t, const int64_t*, const int32_t*, const int32_t*) except +
     void adjacency(int32_t, const int64_t*, const int32_t*, vector[int32_t]&, vector[int32_t]&) except +
 
@@ -166,8 +173,36 @@ cdef class Memory:
         free(self.data)
 
 
+cdef class Workspace:
+    """Scratch memory of one factorization: update matrices and packed blocks, for each thread its own."""
+    cdef list memories
+    cdef vector[Scratch] scratch  # [threads]
+    cdef readonly int64_t nbytes
+
+    @staticmethod
+    cdef Workspace make(const Schedule* schedule, int64_t pack_size, int64_t itemsize, int threads):
+        cdef Workspace new = Workspace()
+        cdef Memory shared = Memory(schedule.shared_size * itemsize), own, pack
+        cdef Scratch scratch
+        new.memories = [shared]
+        for _ in range(threads):
+            own, pack = Memory(schedule.own_size * itemsize), Memory(pack_size * itemsize)
+            new.memories += [own, pack]
+            scratch.own, scratch.shared, scratch.pack = own.data, shared.data, pack.data
+            scratch.update = schedule.update.data()
+            new.scratch.push_back(scratch)
+        new.nbytes = sum([(<Memory> memory).nbytes for memory in new.memories])
+        return new
+
+
+cdef class Team:
+    """A schedule for a number of threads, and idle workspaces for it, a list per scalar type."""
+    cdef unique_ptr[Schedule] schedule
+    cdef list idle
+
+
 cdef class Symbolic:
-    """The plan: assembly tree, memory plan, positions of the canonical entries. Immutable but for idle scratch memory.
+    """The plan: assembly tree, schedules, positions of the canonical entries. Immutable but for idle scratch memory.
 
     Args:
         indptr, indices: canonical CSC of the lower triangle.
@@ -177,8 +212,8 @@ cdef class Symbolic:
     cdef unique_ptr[Plan] plan
     cdef Tree tree
     cdef int simd
-    cdef list idle_scratch  # per scalar type, a list of (Memory of update matrices, Memory of packed blocks)
-    cdef list idle_work     # per scalar type, a list of Memory of right-hand sides
+    cdef dict teams      # number of threads -> Team
+    cdef list idle_work  # per scalar type, a list of Memory of right-hand sides
 
     def __init__(self, int64_t[::1] indptr, int32_t[::1] indices, int32_t[::1] perm, str simd):
         check_structure(indptr, indices)
@@ -192,8 +227,19 @@ cdef class Symbolic:
         with nogil:
             self.plan.reset(new Plan(n, &indptr[0], Ai, &perm[0]))
             self.tree = self.plan.get().tree()
-        self.idle_scratch = [[], [], [], []]
+        self.teams = {}
         self.idle_work = [[], [], [], []]
+
+    cdef Team team(self, int threads):
+        """The team of that size; two threads that make it at once make the same."""
+        cdef Team team = self.teams.get(threads)
+        if team is None:
+            team = Team()
+            team.idle = [[], [], [], []]
+            with nogil:
+                team.schedule.reset(new Schedule(self.plan.get()[0], threads))
+            team = self.teams.setdefault(threads, team)
+        return team
 
     cdef const Kernels* kernels(self, int dtype) noexcept:
         if self.simd == 2:
@@ -218,12 +264,13 @@ cdef class Symbolic:
     def nbytes(self):
         """Memory of the plan and of idle scratch."""
         cdef int64_t total = self.plan.get().nbytes()
-        for idle in self.idle_scratch:
-            for update, pack in list(idle):
-                total += update.nbytes + pack.nbytes
+        cdef Team team
+        for team in list(self.teams.values()):
+            total += 8 * self.plan.get().supernodes
+            for idle in team.idle:
+                total += sum([(<Workspace> workspace).nbytes for workspace in list(idle)])
         for idle in self.idle_work:
-            for work in list(idle):
-                total += work.nbytes
+            total += sum([(<Memory> work).nbytes for work in list(idle)])
         return total
 
     @property
@@ -234,10 +281,10 @@ cdef class Symbolic:
     def largest_front(self):
         return self.plan.get().largest_front
 
-    @property
-    def update_size(self):
-        """Numbers in both stacks of update matrices together."""
-        return self.plan.get().update_size
+    def scratch_size(self, int threads):
+        """Numbers of scratch memory that a factorization on `threads` threads needs, packed blocks not counted."""
+        cdef Team team = self.team(threads)
+        return team.schedule.get().shared_size + threads * team.schedule.get().own_size
 
     @property
     def perm(self):
@@ -257,9 +304,12 @@ cdef class Symbolic:
 
     def trim(self):
         """Lets go of idle scratch memory."""
-        for lists in (self.idle_scratch, self.idle_work):
-            for idle in lists:
+        cdef Team team
+        for team in list(self.teams.values()):
+            for idle in team.idle:
                 idle.clear()
+        for idle in self.idle_work:
+            idle.clear()
 
 
 cdef class Storage:
@@ -285,31 +335,37 @@ cdef class Storage:
     def nbytes(self):
         return self.factor.nbytes
 
-    def factorize(self, uintptr_t assembly, uintptr_t values, int64_t nnz):
-        """Factors values [batch, nnz], added into place by the Assembly at that address."""
-        cdef const CAssembly* a = <const CAssembly*> assembly
+    @property
+    def nnz(self):
+        return self.symbolic.nnz
+
+    def factorize(self, assembly, uintptr_t values, int64_t nnz, bool check, Storage template=None, int threads=1):
+        """Factors values [batch, nnz]. See spcache/engines/protocol.py; there are no pivots to check or to copy, and the
+        factor does not depend on the number of threads."""
+        cdef uintptr_t address = assembly.address
+        cdef const CAssembly* a = <const CAssembly*> address
         cdef Plan* plan = self.symbolic.plan.get()
-        cdef int64_t size = plan.panel.back() * ITEMSIZE[self.dtype], e
-        cdef Scratch scratch
+        cdef int64_t itemsize = ITEMSIZE[self.dtype], size = plan.panel.back() * itemsize, e
         cdef bool failed = False
-        cdef list idle = self.symbolic.idle_scratch[self.dtype]
-        cdef Memory update, pack
-        if a.nnz != nnz or a.groups != plan.supernodes:
+        if a.nnz != nnz or a.groups != plan.supernodes or threads < 1:
             raise ValueError("the assembly belongs to another plan, or the values have another length")
+        cdef Team team = self.symbolic.team(threads)
+        cdef const Schedule* schedule = team.schedule.get()
+        cdef list idle = team.idle[self.dtype]
+        cdef Workspace workspace
         if idle:
-            update, pack = idle.pop()
+            workspace = idle.pop()
         else:
-            update = Memory(plan.update_size * ITEMSIZE[self.dtype])
-            pack = Memory(self.kernels.pack_size(plan.largest_front) * ITEMSIZE[self.dtype])
-        scratch.update, scratch.pack = update.data, pack.data
+            workspace = Workspace.make(schedule, self.kernels.pack_size(plan.largest_front), itemsize, threads)
         with nogil:
             for e in range(self.batch):
-                self.status[e] = self.kernels.factorize(
-                    self.symbolic.tree, a[0], <const char*> values + e * nnz * ITEMSIZE[self.dtype],
-                    <char*> self.factor.data + e * size, scratch)
+                self.status[e] = c_factorize(
+                    self.kernels[0], self.symbolic.tree, schedule[0], a[0],
+                    <const char*> values + e * nnz * itemsize, <char*> self.factor.data + e * size,
+                    workspace.scratch.data(), threads)
                 failed |= self.status[e] != 0
         self.failed = failed
-        idle.append((update, pack))
+        idle.append(workspace)
 
     def failed_columns(self):
         """Per matrix -1, or the original index of the pivot that is not positive."""
@@ -317,8 +373,9 @@ cdef class Storage:
         return [-1 if self.status[e] == 0 else self.symbolic.plan.get().perm[self.status[e] - 1]
                 for e in range(self.batch)]
 
-    def solve(self, uintptr_t b, uintptr_t x, int64_t count, int64_t width, uintptr_t factors=0):
-        """x[p] = A[f(p)]^-1 b[p]; b and x are [count, n, width]. See spcache/engines/protocol.py."""
+    def solve(self, uintptr_t b, uintptr_t x, int64_t count, int64_t width, uintptr_t factors, bool adjoint):
+        """x[p] = A[f(p)]^-1 b[p]; b and x are [count, n, width]. See spcache/engines/protocol.py; A is Hermitian, so that
+        adjoint changes nothing."""
         cdef Plan* plan = self.symbolic.plan.get()
         cdef int64_t itemsize = ITEMSIZE[self.dtype], size = plan.panel.back() * itemsize
         cdef int64_t stride = plan.n * width * itemsize, p, f

@@ -35,7 +35,13 @@ class Storage:
     @property
     def repivots(self) -> int: ...
     def factorize(
-        self, assembly: Assembly, values: int, nnz: int, check: bool, template: Storage | None = None
+        self,
+        assembly: Assembly,
+        values: int,
+        nnz: int,
+        check: bool,
+        template: Storage | None = None,
+        threads: int = 1,
     ) -> None: ...
     def failed_columns(self) -> Sequence[int] | None: ...
     def solve(self, b: int, x: int, count: int, width: int, factors: int, adjoint: bool) -> None: ...

@@ -34,6 +34,7 @@ class SymbolicFactor(_klu.Symbolic):
 
     __slots__ = ()
     engine = "klu"
+    permutation = None
 
     def assembly(
         self,

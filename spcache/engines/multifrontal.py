@@ -117,15 +117,7 @@ class Storage(_multifrontal.Storage):
     refactorized = True  # the pivots of a Cholesky factorization never change
     repivots = 0
 
-    def factorize(
-        self, assembly: Assembly, values: int, nnz: int, check: bool, template: Storage | None = None
-    ) -> None:
-        super().factorize(assembly.address, values, nnz)
-
     def failures(self) -> Sequence[Failure | None] | None:
         if not self.failed:
             return None
         return [None if c < 0 else Failure(c, "not positive definite") for c in self.failed_columns()]
-
-    def solve(self, b: int, x: int, count: int, width: int, factors: int, adjoint: bool) -> None:
-        super().solve(b, x, count, width, factors)  # A is Hermitian

@@ -76,9 +76,13 @@ class SymbolicFactor(Protocol):
 
     engine: str  # name of the engine
     ordering: str  # the fill-reducing ordering that was chosen
+    permutation: np.ndarray | None  # [n; int32] that ordering, where `analyze` takes it back as its third argument
     nnz: int  # entries of the factor, predicted where values decide
     flops: float  # floating-point operations of one factorization, predicted; nan where unknown
-    nbytes: int  # memory held by the plan itself
+    nbytes: int  # memory held by the plan itself and its idle scratch memory
+
+    def trim(self) -> None:
+        """Lets go of idle scratch memory."""
 
     def assembly(
         self, nnz: int, slots: np.ndarray, sources: np.ndarray, roles: np.ndarray, weight: float, hermitian: bool
@@ -100,7 +104,9 @@ class Storage(Protocol):
     refactorized: bool  # the last factorize used pivots chosen for earlier values (always, where pivots are static)
     repivots: int  # how many matrices of the last factorize were factorized anew because old pivots failed
 
-    def factorize(self, assembly: Any, values: int, nnz: int, check: bool, template: Storage | None) -> None:
+    def factorize(
+        self, assembly: Any, values: int, nnz: int, check: bool, template: Any = None, threads: int = 1
+    ) -> None:
         """Factors values [batch, nnz] at address `values`, overwriting what was here.
 
         Args:
@@ -108,6 +114,7 @@ class Storage(Protocol):
             check: whether old pivots are to be trusted only after looking (`check=False`: never look).
             template: another Storage of this plan and scalar type, successfully factorized, whose pivots a Storage
                 that has none yet may copy. It is only read.
+            threads: the largest number of threads to use. The result does not depend on it.
         """
 
     def failures(self) -> Sequence[Failure | None] | None:

@@ -209,18 +209,18 @@ Plan::Plan(int32_t n_, const int64_t* indptr, const int32_t* indices, const int3
   // Elimination tree and column counts of the fill-reducing order, renumbered by a postorder of that tree.
   perm.assign(fill_reducing, fill_reducing + n);
   Permuted p = permute(n, indptr, indices, perm.data());
-  Ints parent = elimination_tree(n, p), order = postorder(parent), counts = column_counts(n, p, parent, order);
+  Ints tree = elimination_tree(n, p), order = postorder(tree), counts = column_counts(n, p, tree, order);
   prediction = predict(counts);
   {
-    Ints inverse(n), new_perm(n), new_parent(n), new_counts(n);
+    Ints inverse(n), new_perm(n), new_tree(n), new_counts(n);
     for (int32_t k = 0; k < n; k++) inverse[order[k]] = k;
     for (int32_t k = 0; k < n; k++) {
       new_perm[k] = perm[order[k]];
       new_counts[k] = counts[order[k]];
-      new_parent[k] = parent[order[k]] == -1 ? -1 : inverse[parent[order[k]]];
+      new_tree[k] = tree[order[k]] == -1 ? -1 : inverse[tree[order[k]]];
     }
     perm.swap(new_perm);
-    parent.swap(new_parent);
+    tree.swap(new_tree);
     counts.swap(new_counts);
   }
 
@@ -228,7 +228,7 @@ Plan::Plan(int32_t n_, const int64_t* indptr, const int32_t* indices, const int3
   std::vector<Group> groups;
   Ints start, group_of(n);
   for (int32_t j = 0; j < n; j++) {
-    bool same = j > 0 && parent[j - 1] == j && counts[j - 1] == counts[j] + 1;
+    bool same = j > 0 && tree[j - 1] == j && counts[j - 1] == counts[j] + 1;
     if (!same) {
       groups.emplace_back();
       groups.back().height = counts[j];
@@ -240,7 +240,7 @@ Plan::Plan(int32_t n_, const int64_t* indptr, const int32_t* indices, const int3
   }
   start.push_back(n);
   for (int32_t g = 0; g < int32_t(groups.size()); g++) {
-    int32_t up = parent[start[g + 1] - 1];
+    int32_t up = tree[start[g + 1] - 1];
     if (up == -1) continue;
     groups[g].parent = group_of[up];
     groups[group_of[up]].children.push_back(g);
@@ -265,14 +265,13 @@ Plan::Plan(int32_t n_, const int64_t* indptr, const int32_t* indices, const int3
     }
     peak[g] = std::max(peak[g], waiting + update_entries(node));
   }
-  Ints visited(groups.size(), 0), depth(groups.size(), 0);
+  Ints visited(groups.size(), 0);
   for (int32_t root : roots) {
     stack.push_back(root);
     while (!stack.empty()) {
       int32_t g = stack.back();
       if (visited[g] < int32_t(groups[g].children.size())) {
         int32_t c = groups[g].children[visited[g]++];
-        depth[c] = depth[g] + 1;
         stack.push_back(c);
       } else {
         sequence.push_back(g);
@@ -329,27 +328,15 @@ Plan::Plan(int32_t n_, const int64_t* indptr, const int32_t* indices, const int3
     largest_front = std::max(largest_front, int32_t(m));
   }
 
-  // Where each update matrix lies, and its rows in the parent's front as runs.
-  Ints parent_of(supernodes, -1);
-  for (int32_t s = 0; s < supernodes; s++)
-    for (int32_t c = child[s]; c < child[s + 1]; c++) parent_of[children[c]] = s;
-  update.assign(supernodes, 0);
-  int64_t top[2] = {0, 0}, peak_of[2] = {0, 0};
-  for (int32_t s = 0; s < supernodes; s++) {
-    int parity = depth[sequence[s]] & 1;
+  parent.assign(supernodes, -1);
+  depth.assign(supernodes, 0);
+  for (int32_t s = supernodes - 1; s >= 0; s--)
     for (int32_t c = child[s]; c < child[s + 1]; c++) {
-      int64_t u = row[children[c] + 1] - row[children[c]];
-      top[!parity] -= u * u;
+      parent[children[c]] = s;
+      depth[children[c]] = depth[s] + 1;
     }
-    int64_t u = row[s + 1] - row[s];
-    update[s] = top[parity];
-    top[parity] += u * u;
-    peak_of[parity] = std::max(peak_of[parity], top[parity]);
-  }
-  for (int32_t s = 0; s < supernodes; s++)
-    if (depth[sequence[s]] & 1) update[s] += peak_of[0];
-  update_size = peak_of[0] + peak_of[1];
 
+  // The rows of each update matrix in the parent's front.
   relative.resize(rows.size());
   Longs run_begin(supernodes, 0), run_end(supernodes, 0);
   std::vector<Run> unordered;
@@ -400,12 +387,12 @@ Plan::Plan(int32_t n_, const int64_t* indptr, const int32_t* indices, const int3
 
 Tree Plan::tree() const {
   return {n,           supernodes,    perm.data(),  first.data(),    row.data(), rows.data(),
-          panel.data(), update.data(), child.data(), children.data(), relative.data(), run.data(), runs.data()};
+          panel.data(), child.data(), children.data(), relative.data(), run.data(), runs.data()};
 }
 
 int64_t Plan::nbytes() const {
   auto bytes = [](const auto&... v) { return (int64_t(v.size() * sizeof(v[0])) + ...); };
-  return bytes(perm, first, rows, relative, child, children, row, panel, update, run, runs, supernode_of, position_of);
+  return bytes(perm, first, rows, relative, child, children, parent, depth, row, panel, run, runs, supernode_of, position_of);
 }
 
 }  // namespace spcache

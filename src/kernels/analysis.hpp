@@ -22,13 +22,31 @@ struct Plan {
   Prediction prediction;
   int32_t n, supernodes = 0;
   int32_t largest_front = 0;         // rows
-  int64_t update_size = 0;           // elements of both stacks together
   std::vector<int32_t> perm, first, rows, relative, child, children;
-  std::vector<int64_t> row, panel, update, run;
+  std::vector<int32_t> parent, depth;  // [supernodes] in the assembly tree; roots have parent -1 and depth 0
+  std::vector<int64_t> row, panel, run;
   std::vector<Run> runs;
   std::vector<int32_t> supernode_of; // [nnz(structure)] canonical slot -> supernode
   std::vector<int64_t> position_of;  // [nnz(structure)] canonical slot -> place in that supernode's panel
 };
+
+// Who factors which supernodes, and where update matrices lie meanwhile. Disjoint subtrees are factored by whoever is
+// free; what is left above them comes last, on one thread. Inside a subtree, and above, update matrices live on two
+// stacks, those of even depth on one, of odd depth on the other, so that children never lie where their parent is
+// built. A subtree's root leaves its update matrix in memory of its own. The arithmetic does not depend on the schedule.
+struct Schedule {
+  Schedule(const Plan& plan, int threads);
+
+  struct Range { int32_t begin, end; };
+  std::vector<Range> subtrees;        // by decreasing work
+  std::vector<int32_t> top;           // supernodes above them, ascending
+  std::vector<int64_t> update;        // [supernodes] see Scratch
+  int64_t own_size = 0, shared_size = 0;  // elements
+};
+
+// Factors one matrix on up to `threads` threads; scratch is [threads]. Returns 0, or 1 + the first pivot that failed.
+int64_t factorize(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const Assembly& assembly,
+                  const void* values, void* factor, const Scratch* scratch, int threads);
 
 // Both take the lower triangle of the structure (the diagonal may be missing); perm[k] is the original index of pivot k.
 Prediction predict(int32_t n, const int64_t* indptr, const int32_t* indices, const int32_t* perm);

@@ -16,8 +16,8 @@ struct Run {
 
 // The assembly tree of one canonical structure. Supernode s owns columns first[s] .. first[s+1] of the factor.
 // Its front has m = k + (row[s+1] - row[s]) rows: the k pivots and the rows listed. The panel, m x k and column-major,
-// is the factor itself; the update matrix, (m-k) x (m-k), lives on one of two stacks until the parent has added it:
-// those of even depth on one, of odd depth on the other, so that children never lie where their parent is built.
+// is the factor itself; the update matrix, (m-k) x (m-k), lives in scratch memory until the parent has added it.
+// Supernodes are numbered in postorder: a subtree is a range.
 struct Tree {
   int32_t n;                // order of the matrix
   int32_t supernodes;
@@ -26,7 +26,6 @@ struct Tree {
   const int64_t* row;       // [supernodes + 1] into rows
   const int32_t* rows;      // [row[supernodes]] rows below the pivots, ascending, as pivot numbers
   const int64_t* panel;     // [supernodes + 1] offset of the panel in factor storage
-  const int64_t* update;    // [supernodes]     offset of the update matrix in the workspace
   const int32_t* child;     // [supernodes + 1] into children
   const int32_t* children;  // [child[supernodes]]
   const int32_t* relative;  // [row[supernodes]] the same rows as rows of the parent's front
@@ -34,15 +33,20 @@ struct Tree {
   const Run* runs;          // [run[supernodes]] the same as stretches, listed where these are long
 };
 
-// Scratch memory of one call: the update matrices, the packed blocks of large fronts.
+// Scratch memory of one thread: update matrices of its own subtrees, those that all threads see, packed blocks.
+// Supernode s has its update matrix at own + update[s], or, where update[s] < 0, at shared + ~update[s].
 struct Scratch {
-  void* update;  // [Plan::update_size] elements
-  void* pack;    // [Kernels::pack_size(largest front)] elements
+  void* own;      // [Schedule::own_size] elements
+  void* shared;   // [Schedule::shared_size] elements
+  void* pack;     // [Kernels::pack_size(largest front)] elements
+  const int64_t* update;  // [supernodes]
 };
 
 struct Kernels {
-  // Factors one matrix into `factor` [Tree::panel[supernodes]]; 0, or 1 + the pivot number that is not positive.
-  int64_t (*factorize)(const Tree&, const Assembly&, const void* values, void* factor, const Scratch&);
+  // Factors the supernodes begin .. end of one matrix into `factor` [Tree::panel[supernodes]], their children being
+  // factored. Returns 0, or 1 + the pivot number that is not positive.
+  int64_t (*factorize)(const Tree&, const Assembly&, const void* values, void* factor, int32_t begin, int32_t end,
+                       const Scratch&);
   // x = A^-1 b for `width` right-hand sides, row-major; work is [(n + largest front) * lanes] elements,
   // aligned to 64 bytes.
   void (*solve)(const Tree&, const void* factor, const void* b, void* x, int64_t width, void* work);

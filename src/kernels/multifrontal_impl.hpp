@@ -44,20 +44,22 @@ void extend_add(const Tree& t, int32_t c, const T* C, T* P, int64_t m, int64_t k
 }
 
 template <class T>
-int64_t factorize(const Tree& t, const Assembly& a, const void* values, void* factor, const Scratch& scratch) {
-  T* const update = static_cast<T*>(scratch.update);
-  for (int32_t s = 0; s < t.supernodes; s++) {
+int64_t factorize(const Tree& t, const Assembly& a, const void* values, void* factor, int32_t begin, int32_t end,
+                  const Scratch& scratch) {
+  auto update_of = [&](int32_t s) {
+    const int64_t at = scratch.update[s];
+    return at < 0 ? static_cast<T*>(scratch.shared) + ~at : static_cast<T*>(scratch.own) + at;
+  };
+  for (int32_t s = begin; s < end; s++) {
     const int64_t k = t.first[s + 1] - t.first[s], u = t.row[s + 1] - t.row[s], m = k + u;
     T* const P = static_cast<T*>(factor) + t.panel[s];
-    T* const U = update + t.update[s];
-    memset(static_cast<void*>(P), 0, size_t(m * k) * sizeof(T));
+    T* const U = update_of(s);
     const bool leaf = t.child[s] == t.child[s + 1];
+    memset(static_cast<void*>(P), 0, size_t(m * k) * sizeof(T));
     if (!leaf) memset(static_cast<void*>(U), 0, size_t(u * u) * sizeof(T));
     assemble(a, s, static_cast<const T*>(values), P);
-    for (int32_t e = t.child[s]; e < t.child[s + 1]; e++) {
-      const int32_t c = t.children[e];
-      extend_add(t, c, update + t.update[c], P, m, k, U);
-    }
+    for (int32_t e = t.child[s]; e < t.child[s + 1]; e++)
+      extend_add(t, t.children[e], update_of(t.children[e]), P, m, k, U);
     if (int64_t bad = factor_front(P, m, k, U, leaf, static_cast<T*>(scratch.pack))) return t.first[s] + bad;
   }
   return 0;

@@ -1,0 +1,151 @@
+// Schedules of the assembly tree, and the threads that follow them.
+#include <algorithm>
+#include <atomic>
+#include <queue>
+#include <system_error>
+#include <thread>
+
+#include "analysis.hpp"
+
+namespace spcache {
+namespace {
+
+// Less work than this is done before a second thread has started.
+constexpr double PARALLEL_FROM = 4e6;
+
+// Time of one front, in units of a multiply-add at full speed: elimination, assembly of the update matrix, overhead.
+double work_of(const Plan& p, int32_t s) {
+  const double k = p.first[s + 1] - p.first[s], u = double(p.row[s + 1] - p.row[s]), m = k + u;
+  return k * (m * m + m * u + u * u) / 3 + 16 * u * u + 2000;
+}
+
+// Offsets on two stacks by parity of depth, for supernodes visited in postorder; see Schedule.
+class TwoStacks {
+ public:
+  explicit TwoStacks(const Plan& plan) : plan_(plan) {}
+
+  // `pops(c)`: whether child c lies on these stacks.
+  template <class Pops>
+  int64_t push(int32_t s, Pops pops) {
+    const int parity = plan_.depth[s] & 1;
+    for (int32_t c = plan_.child[s]; c < plan_.child[s + 1]; c++)
+      if (pops(plan_.children[c])) top_[!parity] -= size(plan_.children[c]);
+    const int64_t at = top_[parity];
+    top_[parity] += size(s);
+    peak_[parity] = std::max(peak_[parity], top_[parity]);
+    return at;
+  }
+  int64_t size(int32_t s) const {
+    const int64_t u = plan_.row[s + 1] - plan_.row[s];
+    return u * u;
+  }
+  int64_t peak(int parity) const { return peak_[parity]; }
+
+ private:
+  const Plan& plan_;
+  int64_t top_[2] = {0, 0}, peak_[2] = {0, 0};
+};
+
+}  // namespace
+
+Schedule::Schedule(const Plan& plan, int threads) {
+  const int32_t count = plan.supernodes;
+  std::vector<double> work(count);     // of the whole subtree
+  std::vector<int32_t> lowest(count);  // first supernode of the subtree
+  for (int32_t s = 0; s < count; s++) {
+    work[s] = work_of(plan, s);
+    lowest[s] = s;
+    for (int32_t c = plan.child[s]; c < plan.child[s + 1]; c++) {
+      work[s] += work[plan.children[c]];
+      lowest[s] = std::min(lowest[s], lowest[plan.children[c]]);
+    }
+  }
+
+  // Split the largest subtree again and again, and keep the cut with the shortest predicted time.
+  using Entry = std::pair<double, int32_t>;
+  std::priority_queue<Entry> largest;
+  double total = 0;
+  for (int32_t s = 0; s < count; s++)
+    if (plan.parent[s] == -1) { largest.emplace(work[s], s); total += work[s]; }
+  std::vector<Entry> roots;
+  auto snapshot = [&]() {
+    auto copy = largest;
+    roots.clear();
+    for (; !copy.empty(); copy.pop()) roots.push_back(copy.top());
+  };
+  snapshot();
+  if (threads > 1 && total >= PARALLEL_FROM) {
+    double above = 0, best = total;
+    for (int split = 0; split < 64 * threads && !largest.empty(); split++) {
+      std::vector<double> load(threads, 0);
+      for (auto copy = largest; !copy.empty(); copy.pop())  // by decreasing work to whoever is free first
+        *std::min_element(load.begin(), load.end()) += copy.top().first;
+      const double time = above + *std::max_element(load.begin(), load.end());
+      if (time < 0.98 * best) { best = time; snapshot(); }
+      const int32_t s = largest.top().second;
+      if (above > best) break;
+      largest.pop();
+      above += work_of(plan, s);
+      for (int32_t c = plan.child[s]; c < plan.child[s + 1]; c++)
+        largest.emplace(work[plan.children[c]], plan.children[c]);
+    }
+  }
+
+  // Memory: each subtree on stacks of its thread, its root and what is above in memory that all threads see.
+  std::vector<bool> below(count, false);
+  update.assign(count, 0);
+  for (auto [_, root] : roots) {
+    const int32_t begin = lowest[root], end = root + 1;
+    subtrees.push_back({begin, end});
+    for (int32_t s = begin; s < end; s++) below[s] = true;
+    TwoStacks stacks(plan);
+    for (int32_t s = begin; s < root; s++) update[s] = stacks.push(s, [](int32_t) { return true; });
+    for (int32_t s = begin; s < root; s++)
+      if (plan.depth[s] & 1) update[s] += stacks.peak(0);
+    own_size = std::max(own_size, stacks.peak(0) + stacks.peak(1));
+    update[root] = ~shared_size;
+    shared_size += stacks.size(root);
+  }
+  TwoStacks stacks(plan);
+  for (int32_t s = 0; s < count; s++)
+    if (!below[s]) {
+      top.push_back(s);
+      update[s] = stacks.push(s, [&](int32_t c) { return !below[c]; });
+    }
+  for (int32_t s : top) update[s] = ~(shared_size + update[s] + (plan.depth[s] & 1 ? stacks.peak(0) : 0));
+  shared_size += stacks.peak(0) + stacks.peak(1);
+}
+
+int64_t factorize(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const Assembly& assembly,
+                  const void* values, void* factor, const Scratch* scratch, int threads) {
+  const int count = int(schedule.subtrees.size());
+  threads = std::min(threads, count);
+  std::atomic<int> next{0};
+  std::atomic<int64_t> first_failure{INT64_MAX};
+  auto factor_subtrees = [&](int thread) {
+    for (int i; (i = next.fetch_add(1)) < count;) {
+      const auto [begin, end] = schedule.subtrees[i];
+      const int64_t bad = kernels.factorize(tree, assembly, values, factor, begin, end, scratch[thread]);
+      if (!bad) continue;
+      int64_t seen = first_failure.load();
+      while (bad < seen && !first_failure.compare_exchange_weak(seen, bad)) {}
+    }
+  };
+  // Threads live for one call: nothing has to survive a fork, and a start costs less than a small front.
+  std::vector<std::thread> helpers;
+  for (int thread = 1; thread < threads; thread++) {
+    try {
+      helpers.emplace_back(factor_subtrees, thread);
+    } catch (const std::system_error&) {
+      break;  // no thread to be had: the others do its work
+    }
+  }
+  factor_subtrees(0);
+  for (std::thread& helper : helpers) helper.join();
+  if (first_failure != INT64_MAX) return first_failure;
+  for (int32_t s : schedule.top)
+    if (int64_t bad = kernels.factorize(tree, assembly, values, factor, s, s + 1, scratch[0])) return bad;
+  return 0;
+}
+
+}  // namespace spcache
