@@ -41,7 +41,8 @@ class NumericFactor:
     """
 
     __slots__ = (
-        "__weakref__", "_copy", "_idle", "_stats", "batch_shape", "dtype", "failed", "failures", "finite", "n", "plan",
+        "__weakref__", "_copy", "_idle", "_stats", "_threads", "batch_shape",
+        "dtype", "failed", "failures", "finite", "n", "plan",
         "storage",
     )  # fmt: skip
 
@@ -57,6 +58,7 @@ class NumericFactor:
         self._copy = copy
         self._idle = idle
         self._stats = pool.stats
+        self._threads = pool.threads
         self.plan = pool.plan
         self.n = n
         self.storage = storage
@@ -97,7 +99,8 @@ class NumericFactor:
         b = plain(b)
         x = torch.empty_like(b)
         start = perf_counter()
-        self.storage.solve(b.data_ptr(), x.data_ptr(), math.prod(lead), 1 if vector else b.shape[-1], factors, adjoint)
+        width, threads = 1 if vector else b.shape[-1], self._threads or torch.get_num_threads()
+        self.storage.solve(b.data_ptr(), x.data_ptr(), math.prod(lead), width, factors, adjoint, threads)
         stats = self._stats
         stats.seconds["solve"] += perf_counter() - start
         stats.solves += 1
@@ -129,7 +132,7 @@ class Pool:
         self.plan = plan
         self.assembly = assembly
         self.stats = stats
-        self._threads = threads
+        self.threads = threads
         self._idle: dict[tuple[int, int], list[tuple[Storage, ValuesCopy]]] = {}
         self._latest: weakref.ref[NumericFactor] | None = None
         self._used = False
@@ -147,7 +150,7 @@ class Pool:
         template = None
         if latest is not None and latest.failures is None and latest.dtype == values.dtype:
             template = latest.storage  # its pivots serve a storage that has none
-        threads = self._threads or torch.get_num_threads()
+        threads = self.threads or torch.get_num_threads()
         start = perf_counter()
         storage.factorize(self.assembly, values.data_ptr(), values.shape[-1], check, template, threads)
         copy.keep(values.data_ptr(), values.nbytes)

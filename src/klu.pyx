@@ -173,8 +173,9 @@ cdef class Storage:
         """Per matrix -1, or the column at which it failed; None where all of them have a factor."""
         return list(self.factors.get().failed) if self.factors.get().failures else None
 
-    def solve(self, uintptr_t b, uintptr_t x, int64_t count, int64_t width, uintptr_t factors, bool adjoint):
-        """x[p] = A[f(p)]^-1 b[p], or A^-H. See spcache/engines/protocol.py."""
+    def solve(self, uintptr_t b, uintptr_t x, int64_t count, int64_t width, uintptr_t factors, bool adjoint,
+              int threads=1):
+        """x[p] = A[f(p)]^-1 b[p], or A^-H. See spcache/engines/protocol.py; KLU runs on one thread."""
         cdef const int64_t* select = <const int64_t*> factors
         cdef int64_t p
         cdef Memory work

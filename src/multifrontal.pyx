@@ -35,8 +35,11 @@ cdef extern from "kernels/multifrontal.hpp" namespace "spcache" nogil:
         void* shared
         void* pack
         const int64_t* update
+    cdef struct SolveScratch:
+        void* x
+        void* passed
+        void* front
     cdef struct Kernels:
-        void (*solve)(const Tree&, const void*, const void*, void*, int64_t, void*) noexcept nogil
         int32_t lanes
         int64_t (*pack_size)(int64_t) noexcept nogil
     const Kernels* kernels_baseline(Dtype)
@@ -54,7 +57,7 @@ cdef extern from "kernels/analysis.hpp" namespace "spcache" nogil:
         Prediction prediction
         int32_t n, supernodes, largest_front
         vector[int32_t] perm, supernode_of
-        vector[int64_t] position_of, panel
+        vector[int64_t] position_of, panel, row
     cdef cppclass Schedule:
         Schedule(const Plan&, int) except +
         vector[int32_t] top
@@ -62,6 +65,8 @@ cdef extern from "kernels/analysis.hpp" namespace "spcache" nogil:
         int64_t own_size, shared_size
     int64_t c_factorize "spcache::factorize"(const Kernels&, const Tree&, const Schedule&, const CAssembly&, const void*,
                                              void*, const Scratch*, int)
+    void c_solve "spcache::solve"(const Kernels&, const Tree&, const Schedule&, const void*, const void*, void*, int64_t,
+                                  const SolveScratch*, int)
     Prediction c_predict "spcache::predict"(int32_t, const int64_t*, const int32_t*, const int32_t*) except +
     void adjacency(int32_t, const int64_t*, const int32_t*, vector[int32_t]&, vector[int32_t]&) except +
 
@@ -195,10 +200,33 @@ cdef class Workspace:
         return new
 
 
+cdef class SolveWorkspace:
+    """Scratch memory of one solve: right-hand sides, and one front for each thread."""
+    cdef Memory memory
+    cdef vector[SolveScratch] scratch  # [threads]
+
+    @staticmethod
+    cdef SolveWorkspace make(Plan* plan, int64_t lanes_size, int threads):
+        cdef SolveWorkspace new = SolveWorkspace()
+        # Each part begins at a multiple of 64 bytes, so that threads do not share a cache line.
+        cdef int64_t x = (plan.n * lanes_size + 63) // 64 * 64, passed = (plan.row.back() * lanes_size + 63) // 64 * 64
+        cdef int64_t front = (plan.largest_front * lanes_size + 63) // 64 * 64
+        cdef SolveScratch scratch
+        cdef int t
+        new.memory = Memory(x + passed + threads * front)
+        for t in range(threads):
+            scratch.x = new.memory.data
+            scratch.passed = <char*> new.memory.data + x
+            scratch.front = <char*> new.memory.data + x + passed + t * front
+            new.scratch.push_back(scratch)
+        return new
+
+
 cdef class Team:
     """A schedule for a number of threads, and idle workspaces for it, a list per scalar type."""
     cdef unique_ptr[Schedule] schedule
-    cdef list idle
+    cdef list idle        # of Workspace
+    cdef list idle_solve  # of SolveWorkspace
 
 
 cdef class Symbolic:
@@ -212,8 +240,7 @@ cdef class Symbolic:
     cdef unique_ptr[Plan] plan
     cdef Tree tree
     cdef int simd
-    cdef dict teams      # number of threads -> Team
-    cdef list idle_work  # per scalar type, a list of Memory of right-hand sides
+    cdef dict teams  # number of threads -> Team
 
     def __init__(self, int64_t[::1] indptr, int32_t[::1] indices, int32_t[::1] perm, str simd):
         check_structure(indptr, indices)
@@ -228,14 +255,13 @@ cdef class Symbolic:
             self.plan.reset(new Plan(n, &indptr[0], Ai, &perm[0]))
             self.tree = self.plan.get().tree()
         self.teams = {}
-        self.idle_work = [[], [], [], []]
 
     cdef Team team(self, int threads):
         """The team of that size; two threads that make it at once make the same."""
         cdef Team team = self.teams.get(threads)
         if team is None:
             team = Team()
-            team.idle = [[], [], [], []]
+            team.idle, team.idle_solve = [[], [], [], []], [[], [], [], []]
             with nogil:
                 team.schedule.reset(new Schedule(self.plan.get()[0], threads))
             team = self.teams.setdefault(threads, team)
@@ -269,8 +295,8 @@ cdef class Symbolic:
             total += 8 * self.plan.get().supernodes
             for idle in team.idle:
                 total += sum([(<Workspace> workspace).nbytes for workspace in list(idle)])
-        for idle in self.idle_work:
-            total += sum([(<Memory> work).nbytes for work in list(idle)])
+            for idle in team.idle_solve:
+                total += sum([(<SolveWorkspace> workspace).memory.nbytes for workspace in list(idle)])
         return total
 
     @property
@@ -306,10 +332,8 @@ cdef class Symbolic:
         """Lets go of idle scratch memory."""
         cdef Team team
         for team in list(self.teams.values()):
-            for idle in team.idle:
+            for idle in team.idle + team.idle_solve:
                 idle.clear()
-        for idle in self.idle_work:
-            idle.clear()
 
 
 cdef class Storage:
@@ -373,31 +397,34 @@ cdef class Storage:
         return [-1 if self.status[e] == 0 else self.symbolic.plan.get().perm[self.status[e] - 1]
                 for e in range(self.batch)]
 
-    def solve(self, uintptr_t b, uintptr_t x, int64_t count, int64_t width, uintptr_t factors, bool adjoint):
+    def solve(self, uintptr_t b, uintptr_t x, int64_t count, int64_t width, uintptr_t factors, bool adjoint,
+              int threads=1):
         """x[p] = A[f(p)]^-1 b[p]; b and x are [count, n, width]. See spcache/engines/protocol.py; A is Hermitian, so that
-        adjoint changes nothing."""
+        adjoint changes nothing, and neither does the number of threads."""
         cdef Plan* plan = self.symbolic.plan.get()
         cdef int64_t itemsize = ITEMSIZE[self.dtype], size = plan.panel.back() * itemsize
         cdef int64_t stride = plan.n * width * itemsize, p, f
         cdef const int64_t* select = <const int64_t*> factors
-        cdef list idle = self.symbolic.idle_work[self.dtype]
-        cdef Memory work
-        if select == NULL and self.batch != 1 and count != self.batch:
-            raise ValueError("count must be the batch where no factors are named")
+        if threads < 1 or (select == NULL and self.batch != 1 and count != self.batch):
+            raise ValueError("threads must be positive, and count the batch where no factors are named")
         if select != NULL:
             for p in range(count):
                 if not 0 <= select[p] < self.batch:
                     raise ValueError("factors names a matrix beyond the batch")
+        cdef Team team = self.symbolic.team(threads)
+        cdef list idle = team.idle_solve[self.dtype]
+        cdef SolveWorkspace workspace
         if idle:
-            work = idle.pop()
+            workspace = idle.pop()
         else:
-            work = Memory((plan.n + plan.largest_front) * self.kernels.lanes * itemsize)
+            workspace = SolveWorkspace.make(plan, self.kernels.lanes * itemsize, threads)
         with nogil:
             for p in range(count):
                 f = select[p] if select != NULL else (p if self.batch != 1 else 0)
                 if self.status[f]:
                     memset(<char*> x + p * stride, 0xff, stride)  # a NaN in every scalar type
                 else:
-                    self.kernels.solve(self.symbolic.tree, <const char*> self.factor.data + f * size,
-                                       <const char*> b + p * stride, <char*> x + p * stride, width, work.data)
-        idle.append(work)
+                    c_solve(self.kernels[0], self.symbolic.tree, team.schedule.get()[0],
+                            <const char*> self.factor.data + f * size, <const char*> b + p * stride,
+                            <char*> x + p * stride, width, workspace.scratch.data(), threads)
+        idle.append(workspace)

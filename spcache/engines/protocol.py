@@ -120,12 +120,13 @@ class Storage(Protocol):
     def failures(self) -> Sequence[Failure | None] | None:
         """One entry per matrix of the last factorize; None where all of them have a factor."""
 
-    def solve(self, b: int, x: int, count: int, width: int, factors: int, adjoint: bool) -> None:
+    def solve(self, b: int, x: int, count: int, width: int, factors: int, adjoint: bool, threads: int = 1) -> None:
         """x[p] = A[f(p)]^-1 b[p], adjoint: A^-H, for p < count; b and x are [count, n, width], row-major.
 
         Args:
             factors: address of int64 [count] giving f(p), each below `batch`; 0: f(p) = p if count == batch,
                 and 0 if batch == 1.
+            threads: the largest number of threads to use. The result does not depend on it.
 
         Where a matrix has no factor x[p] is filled with NaN. b and x may not overlap.
         """

@@ -48,6 +48,10 @@ struct Schedule {
 int64_t factorize(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const Assembly& assembly,
                   const void* values, void* factor, const Scratch* scratch, int threads);
 
+// x = A^-1 b for `width` right-hand sides on up to `threads` threads; scratch is [threads], its x and passed shared.
+void solve(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const void* factor, const void* b, void* x,
+           int64_t width, const SolveScratch* scratch, int threads);
+
 // Both take the lower triangle of the structure (the diagonal may be missing); perm[k] is the original index of pivot k.
 Prediction predict(int32_t n, const int64_t* indptr, const int32_t* indices, const int32_t* perm);
 

@@ -42,14 +42,29 @@ struct Scratch {
   const int64_t* update;  // [supernodes]
 };
 
+// Right-hand sides and solutions, [n, width] row-major, of which `count` from `offset` on are meant.
+struct Rhs {
+  const void* b;
+  void* x;
+  int64_t width, offset, count;
+};
+
+// Scratch memory of a solve, in units of `lanes` elements, aligned to 64 bytes.
+struct SolveScratch {
+  void* x;       // [n] the right-hand sides, then the solutions, by pivots
+  void* passed;  // [Tree::row[supernodes]] what fronts pass to their parents
+  void* front;   // [largest front] of one thread
+};
+
 struct Kernels {
   // Factors the supernodes begin .. end of one matrix into `factor` [Tree::panel[supernodes]], their children being
   // factored. Returns 0, or 1 + the pivot number that is not positive.
   int64_t (*factorize)(const Tree&, const Assembly&, const void* values, void* factor, int32_t begin, int32_t end,
                        const Scratch&);
-  // x = A^-1 b for `width` right-hand sides, row-major; work is [(n + largest front) * lanes] elements,
-  // aligned to 64 bytes.
-  void (*solve)(const Tree&, const void* factor, const void* b, void* x, int64_t width, void* work);
+  // One phase of x = A^-1 b for supernodes begin .. end: forward (upwards in the tree, children first) or, when all
+  // of the forward phase is done, backward (downwards, parents first). At most `lanes` right-hand sides.
+  void (*solve)(const Tree&, const void* factor, const Rhs&, bool downwards, int32_t begin, int32_t end,
+                const SolveScratch&);
   int32_t lanes;                             // right-hand sides that `solve` takes at once
   int64_t (*pack_size)(int64_t largest_front);  // elements of Scratch::pack
 };

@@ -2,6 +2,8 @@
 //
 // J. W. H. Liu, "The multifrontal method for sparse matrix solution: theory and practice" (1992),
 // doi:10.1137/1034004.
+#include <type_traits>
+
 #include "dense.hpp"
 #include "multifrontal.hpp"
 
@@ -164,59 +166,72 @@ void backward_one(const T* P, int64_t m, int64_t k, T* w) {
   }
 }
 
-// x [n] and w [largest front] of X, both in `work`; b and result are row-major with `width` columns, of which this
-// call serves `count` lanes from `offset` on.
+// Lanes `offset` .. `offset + count` of `width` right-hand sides as one X.
 template <class T, class X>
-void solve_lanes(const Tree& t, const T* L, const T* b, T* result, int64_t width, int64_t offset, int64_t count, X* x) {
-  constexpr bool single = sizeof(X) == sizeof(T);
-  X* const w = x + t.n;
-  for (int32_t i = 0; i < t.n; i++) {
-    const T* source = b + int64_t(t.perm[i]) * width + offset;
-    if constexpr (single) x[i] = *source;
-    else x[i] = count == W<T> ? load(source) : load_part(source, int(count));
-  }
-  for (int32_t s = 0; s < t.supernodes; s++) {
+inline X load_lanes(const T* row, int64_t offset, int64_t count) {
+  if constexpr (sizeof(X) == sizeof(T)) return row[offset];
+  else return count == W<T> ? load(row + offset) : load_part(row + offset, int(count));
+}
+template <class T, class X>
+inline void store_lanes(T* row, int64_t offset, int64_t count, X value) {
+  if constexpr (sizeof(X) == sizeof(T)) row[offset] = value;
+  else if (count == W<T>) store(row + offset, value);
+  else store_part(row + offset, value, int(count));
+}
+
+// Forward elimination of supernodes begin .. end: x = L^-1 b for their pivots. What a front subtracts from the rows
+// below goes to its parent as a vector at passed + row[s], as update matrices do; so no order of subtrees changes x.
+template <class T, class X>
+void forward_lanes(const Tree& t, const T* L, const T* b, int64_t width, int64_t offset, int64_t count, int32_t begin,
+                   int32_t end, X* x, X* passed, X* w) {
+  for (int32_t s = begin; s < end; s++) {
     const int64_t f = t.first[s], k = t.first[s + 1] - f, u = t.row[s + 1] - t.row[s], m = k + u;
-    const int32_t* rows = t.rows + t.row[s];
-    for (int64_t i = 0; i < k; i++) w[i] = x[f + i];
-    for (int64_t i = 0; i < u; i++) w[k + i] = x[rows[i]];
-    if constexpr (single && W<T> > 1) forward_one(L + t.panel[s], m, k, w);
+    for (int64_t i = 0; i < k; i++) w[i] = load_lanes<T, X>(b + int64_t(t.perm[f + i]) * width, offset, count);
+    memset(static_cast<void*>(w + k), 0, size_t(u) * sizeof(X));
+    for (int32_t e = t.child[s]; e < t.child[s + 1]; e++) {
+      const int32_t c = t.children[e];
+      for (int64_t i = t.row[c]; i < t.row[c + 1]; i++) w[t.relative[i]] += passed[i];
+    }
+    if constexpr (sizeof(X) == sizeof(T) && W<T> > 1) forward_one(L + t.panel[s], m, k, w);
     else forward(L + t.panel[s], m, k, w);
-    for (int64_t i = 0; i < k; i++) x[f + i] = w[i];
-    for (int64_t i = 0; i < u; i++) x[rows[i]] = w[k + i];
-  }
-  for (int32_t s = t.supernodes - 1; s >= 0; s--) {
-    const int64_t f = t.first[s], k = t.first[s + 1] - f, u = t.row[s + 1] - t.row[s], m = k + u;
-    const int32_t* rows = t.rows + t.row[s];
-    for (int64_t i = 0; i < k; i++) w[i] = x[f + i];
-    for (int64_t i = 0; i < u; i++) w[k + i] = x[rows[i]];
-    if constexpr (single && W<T> > 1) backward_one(L + t.panel[s], m, k, w);
-    else backward(L + t.panel[s], m, k, w);
-    for (int64_t i = 0; i < k; i++) x[f + i] = w[i];
-  }
-  for (int32_t i = 0; i < t.n; i++) {
-    T* target = result + int64_t(t.perm[i]) * width + offset;
-    if constexpr (single) *target = x[i];
-    else if (count == W<T>) store(target, x[i]);
-    else store_part(target, x[i], int(count));
+    memcpy(static_cast<void*>(x + f), w, size_t(k) * sizeof(X));
+    memcpy(static_cast<void*>(passed + t.row[s]), w + k, size_t(u) * sizeof(X));
   }
 }
 
-template <class T>
-void solve(const Tree& t, const void* factor, const void* b, void* x, int64_t width, void* work) {
-  const T* L = static_cast<const T*>(factor);
-  for (int64_t r = 0; r < width;) {
-    const int64_t left = width - r;
-    if (left == 1 || W<T> == 1) {
-      solve_lanes<T, T>(t, L, static_cast<const T*>(b), static_cast<T*>(x), width, r, 1, static_cast<T*>(work));
-      r++;
-    } else {
-      const int64_t count = left < W<T> ? left : W<T>;
-      solve_lanes<T, V<T>>(t, L, static_cast<const T*>(b), static_cast<T*>(x), width, r, count,
-                           static_cast<V<T>*>(work));
-      r += count;
+// Backward substitution of supernodes end .. begin, those above being done; the solution also goes to `result`.
+template <class T, class X>
+void backward_lanes(const Tree& t, const T* L, T* result, int64_t width, int64_t offset, int64_t count, int32_t begin,
+                    int32_t end, X* x, X* w) {
+  for (int32_t s = end - 1; s >= begin; s--) {
+    const int64_t f = t.first[s], k = t.first[s + 1] - f, u = t.row[s + 1] - t.row[s], m = k + u;
+    const int32_t* rows = t.rows + t.row[s];
+    memcpy(static_cast<void*>(w), x + f, size_t(k) * sizeof(X));
+    for (int64_t i = 0; i < u; i++) w[k + i] = x[rows[i]];
+    if constexpr (sizeof(X) == sizeof(T) && W<T> > 1) backward_one(L + t.panel[s], m, k, w);
+    else backward(L + t.panel[s], m, k, w);
+    for (int64_t i = 0; i < k; i++) {
+      x[f + i] = w[i];
+      store_lanes<T, X>(result + int64_t(t.perm[f + i]) * width, offset, count, w[i]);
     }
   }
+}
+
+// One phase of a solve, for as many right-hand sides from `offset` on as go at once.
+template <class T>
+void solve(const Tree& t, const void* factor, const Rhs& rhs, bool downwards, int32_t begin, int32_t end,
+           const SolveScratch& scratch) {
+  const T* L = static_cast<const T*>(factor);
+  auto phase = [&](auto* x, int64_t count) {
+    using X = std::remove_pointer_t<decltype(x)>;
+    X *passed = static_cast<X*>(scratch.passed), *w = static_cast<X*>(scratch.front);
+    if (downwards)
+      backward_lanes<T, X>(t, L, static_cast<T*>(rhs.x), rhs.width, rhs.offset, count, begin, end, x, w);
+    else
+      forward_lanes<T, X>(t, L, static_cast<const T*>(rhs.b), rhs.width, rhs.offset, count, begin, end, x, passed, w);
+  };
+  if (rhs.count == 1) phase(static_cast<T*>(scratch.x), 1);
+  else phase(static_cast<V<T>*>(scratch.x), rhs.count);
 }
 
 template <class T>

@@ -11,7 +11,8 @@ namespace spcache {
 namespace {
 
 // Less work than this is done before a second thread has started.
-constexpr double PARALLEL_FROM = 4e6;
+constexpr double PARALLEL_FROM = 4e6;          // units of `work_of`
+constexpr int64_t PARALLEL_SOLVE_FROM = 1 << 19;  // numbers in the factor
 
 // Time of one front, in units of a multiply-add at full speed: elimination, assembly of the update matrix, overhead.
 double work_of(const Plan& p, int32_t s) {
@@ -116,36 +117,65 @@ Schedule::Schedule(const Plan& plan, int threads) {
   shared_size += stacks.peak(0) + stacks.peak(1);
 }
 
-int64_t factorize(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const Assembly& assembly,
-                  const void* values, void* factor, const Scratch* scratch, int threads) {
-  const int count = int(schedule.subtrees.size());
-  threads = std::min(threads, count);
+namespace {
+
+// Calls work(i, thread) for each i < count, whoever is free taking the next. Threads live for one call: nothing has to
+// survive a fork, and a start costs less than a small front.
+template <class Work>
+void share(int count, int threads, Work work) {
   std::atomic<int> next{0};
-  std::atomic<int64_t> first_failure{INT64_MAX};
-  auto factor_subtrees = [&](int thread) {
-    for (int i; (i = next.fetch_add(1)) < count;) {
-      const auto [begin, end] = schedule.subtrees[i];
-      const int64_t bad = kernels.factorize(tree, assembly, values, factor, begin, end, scratch[thread]);
-      if (!bad) continue;
-      int64_t seen = first_failure.load();
-      while (bad < seen && !first_failure.compare_exchange_weak(seen, bad)) {}
-    }
+  auto take = [&](int thread) {
+    for (int i; (i = next.fetch_add(1)) < count;) work(i, thread);
   };
-  // Threads live for one call: nothing has to survive a fork, and a start costs less than a small front.
   std::vector<std::thread> helpers;
-  for (int thread = 1; thread < threads; thread++) {
+  for (int thread = 1; thread < std::min(threads, count); thread++) {
     try {
-      helpers.emplace_back(factor_subtrees, thread);
+      helpers.emplace_back(take, thread);
     } catch (const std::system_error&) {
       break;  // no thread to be had: the others do its work
     }
   }
-  factor_subtrees(0);
+  take(0);
   for (std::thread& helper : helpers) helper.join();
+}
+
+}  // namespace
+
+int64_t factorize(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const Assembly& assembly,
+                  const void* values, void* factor, const Scratch* scratch, int threads) {
+  std::atomic<int64_t> first_failure{INT64_MAX};
+  share(int(schedule.subtrees.size()), threads, [&](int i, int thread) {
+    const auto [begin, end] = schedule.subtrees[i];
+    const int64_t bad = kernels.factorize(tree, assembly, values, factor, begin, end, scratch[thread]);
+    if (!bad) return;
+    int64_t seen = first_failure.load();
+    while (bad < seen && !first_failure.compare_exchange_weak(seen, bad)) {}
+  });
   if (first_failure != INT64_MAX) return first_failure;
   for (int32_t s : schedule.top)
     if (int64_t bad = kernels.factorize(tree, assembly, values, factor, s, s + 1, scratch[0])) return bad;
   return 0;
+}
+
+void solve(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const void* factor, const void* b, void* x,
+           int64_t width, const SolveScratch* scratch, int threads) {
+  const int count = int(schedule.subtrees.size());
+  if (tree.panel[tree.supernodes] < PARALLEL_SOLVE_FROM) threads = 1;
+  Rhs rhs{b, x, width, 0, 0};
+  for (; rhs.offset < width; rhs.offset += rhs.count) {
+    rhs.count = std::min<int64_t>(width - rhs.offset, kernels.lanes);
+    auto subtrees = [&](bool downwards) {
+      share(count, threads, [&](int i, int thread) {
+        const auto [begin, end] = schedule.subtrees[i];
+        kernels.solve(tree, factor, rhs, downwards, begin, end, scratch[thread]);
+      });
+    };
+    subtrees(false);
+    for (int32_t s : schedule.top) kernels.solve(tree, factor, rhs, false, s, s + 1, scratch[0]);
+    for (auto s = schedule.top.rbegin(); s != schedule.top.rend(); ++s)
+      kernels.solve(tree, factor, rhs, true, *s, *s + 1, scratch[0]);
+    subtrees(true);
+  }
 }
 
 }  // namespace spcache
