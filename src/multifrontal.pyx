@@ -101,8 +101,33 @@ def best_simd():
 
 
 cdef int check_structure(int64_t[::1] indptr, int32_t[::1] indices) except -1:
-    if indptr.shape[0] < 2 or indptr[indptr.shape[0] - 1] != indices.shape[0]:
-        raise ValueError("indptr and indices do not fit each other")
+    """Raises unless these are the columns of a lower triangle."""
+    cdef int64_t n = indptr.shape[0] - 1, j, e
+    cdef bool sound = n > 0 and indptr[0] == 0 and indptr[n] == indices.shape[0]
+    for j in range(n):
+        sound = sound and indptr[j] <= indptr[j + 1]
+    if sound:
+        for j in range(n):
+            for e in range(indptr[j], indptr[j + 1]):
+                sound = sound and j <= indices[e] < n
+    if not sound:
+        raise ValueError("indptr and indices are not the columns of a lower triangle")
+    return 0
+
+
+cdef int check_permutation(int32_t[::1] perm, int64_t n) except -1:
+    cdef vector[bool] seen
+    cdef int64_t k
+    cdef bool sound = perm.shape[0] == n
+    seen.assign(n, False)
+    if sound:
+        for k in range(n):
+            sound = sound and 0 <= perm[k] < n and not seen[perm[k]]
+            if not sound:
+                break
+            seen[perm[k]] = True
+    if not sound:
+        raise ValueError(f"perm is not a permutation of 0..{n - 1}")
     return 0
 
 
@@ -136,7 +161,8 @@ def metis(int64_t[::1] indptr, int32_t[::1] indices):
     cdef int32_t[::1] Pinv = inverse
     cdef int status
     if IDXTYPEWIDTH != 32:
-        raise NotImplementedError("this METIS was built with 64-bit indices; spcache needs the 32-bit build")
+        raise NotImplementedError(
+            "this METIS was built with 64-bit indices and cannot be used; pass ordering='amd', or install the 32-bit build")
     with nogil:
         adjacency(n, &indptr[0], Ai, xadj, adjncy)
         if adjncy.size() == 0:
@@ -156,8 +182,7 @@ def predict(int64_t[::1] indptr, int32_t[::1] indices, int32_t[::1] perm):
     cdef int32_t n = <int32_t> (indptr.shape[0] - 1)
     cdef const int32_t* Ai = &indices[0] if indices.shape[0] else NULL
     cdef Prediction p
-    if perm.shape[0] != n:
-        raise ValueError("perm has another length than the structure")
+    check_permutation(perm, n)
     with nogil:
         p = c_predict(n, &indptr[0], Ai, &perm[0])
     return p.nnz, p.flops
@@ -246,11 +271,11 @@ cdef class Symbolic:
         check_structure(indptr, indices)
         cdef int32_t n = <int32_t> (indptr.shape[0] - 1)
         cdef const int32_t* Ai = &indices[0] if indices.shape[0] else NULL
-        if perm.shape[0] != n:
-            raise ValueError("perm has another length than the structure")
+        check_permutation(perm, n)
+        available = INSTRUCTION_SETS[:best_instruction_set() + 1]
+        if simd not in available:
+            raise ValueError(f"SPCACHE_SIMD must be one of {', '.join(available)} on this processor, got {simd!r}")
         self.simd = INSTRUCTION_SETS.index(simd)
-        if self.simd > best_instruction_set():
-            raise ValueError(f"this processor has no {simd} instructions")
         with nogil:
             self.plan.reset(new Plan(n, &indptr[0], Ai, &perm[0]))
             self.tree = self.plan.get().tree()

@@ -19,16 +19,10 @@ ORDERINGS = ("auto", "amd", "metis", "natural")
 # Below this much work AMD is taken as it comes: METIS would cost more than it can save.
 _METIS_FROM_FLOPS = 1e6
 
-# METIS swaps the process's signal handlers and reseeds rand(): never two calls at once.
+# METIS swaps the process's signal handlers and calls rand(): never two calls at once, and no fork during one, or the
+# child would find the lock inside rand() taken forever.
 _metis_lock = threading.Lock()
-
-
-def _renew_lock() -> None:
-    global _metis_lock
-    _metis_lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_renew_lock)
+os.register_at_fork(before=_metis_lock.acquire, after_in_parent=_metis_lock.release, after_in_child=_metis_lock.release)
 
 
 def _simd() -> str:
