@@ -58,9 +58,7 @@ def path(name: str) -> Path:
             "(see tests/data/README.md)"
         )
     close = difflib.get_close_matches(name, [*found, *LARGE], n=3)
-    raise FileNotFoundError(
-        f"no data file {name!r}" + (f"; did you mean {', '.join(close)}?" if close else "")
-    )
+    raise FileNotFoundError(f"no data file {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
 
 
 def read(name: str) -> bytes:

@@ -1,0 +1,323 @@
+"""Exercises the native modules alone, for valgrind and AddressSanitizer: neither torch nor pytest is imported.
+
+    python tests/sanitize_driver.py [folder of the package]      # SPCACHE_SIMD=baseline: that instruction set only
+
+Every result is checked. Some seconds natively, some minutes under valgrind.
+"""
+
+import importlib.machinery
+import importlib.util
+import itertools
+import os
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+
+PACKAGE = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parents[1] / "spcache"
+DTYPES = (np.float32, np.float64, np.complex64, np.complex128)  # as the scalar types' codes number them
+DIRECT, MIRRORED, DIAGONAL = 0, 1, 2
+rng = np.random.default_rng(0)
+
+
+def load(name):
+    """A native module by its file: importing the package would import torch."""
+    (file,) = [f for s in importlib.machinery.EXTENSION_SUFFIXES for f in PACKAGE.glob(name.replace(".", "/") + s)]
+    spec = importlib.util.spec_from_file_location(name.rpartition(".")[2], file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+pattern, multifrontal, klu = load("_pattern"), load("engines._multifrontal"), load("engines._klu")
+
+
+def numbers(size, dtype):
+    x = rng.standard_normal(size)
+    return (x + 1j * rng.standard_normal(size) if np.issubdtype(dtype, np.complexfloating) else x).astype(dtype)
+
+
+def finite(array):
+    """By our own code, so that valgrind reports numbers that were never written."""
+    array = np.ascontiguousarray(array)
+    return pattern.all_finite(array.ctypes.data, array.size, DTYPES.index(array.dtype))
+
+
+def check(A, x, b):
+    """Scaled residual of [batch, n, n] and [batch, n, width]."""
+    assert finite(x)
+    for M, y, r in zip(A.astype(complex), x.astype(complex), b, strict=True):
+        scale = abs(M).sum(0).max() * abs(y).max() + abs(r).max()
+        assert abs(M @ y - r).max() <= 30 * np.finfo(x.dtype).eps * scale
+
+
+def random_mask(n, density, symmetric):
+    mask = rng.random((n, n)) < density
+    return (mask | mask.T if symmetric else mask) | np.eye(n, dtype=bool)
+
+
+def entries(mask):
+    """COO of a mask, in no order, a part of it twice; as the caller would give them."""
+    rows, columns = np.nonzero(mask)
+    order = rng.permutation(np.concatenate([np.arange(len(rows)), rng.integers(0, len(rows), len(rows) // 4)]))
+    return rows[order].astype(np.int32), columns[order].astype(np.int32)
+
+
+def gather(A, rows, columns):
+    """Values of the entries, so that duplicates add up to A; [batch, nnz]."""
+    count = np.zeros(A.shape[1:])
+    np.add.at(count, (rows, columns), 1)
+    return np.ascontiguousarray((A[:, rows, columns] / count[rows, columns]).astype(A.dtype))
+
+
+def dominant(A, sign=1):
+    return (A + sign * np.eye(A.shape[1]) * (abs(A).sum(2).max() + 1)).astype(A.dtype)
+
+
+def solve(storage, b, factors=None, adjoint=False, threads=1):
+    b = np.ascontiguousarray(b)
+    x = np.empty_like(b)  # nothing but what is solved for may be in it
+    select = None if factors is None else np.array(factors, np.int64)
+    address = 0 if select is None else select.ctypes.data
+    storage.solve(b.ctypes.data, x.ctypes.data, len(b), b.shape[2], address, adjoint, threads)
+    return x
+
+
+def adjoint_of(A):
+    return A.conj().transpose(0, 2, 1)
+
+
+# --- the multifrontal engine ----------------------------------------------------------------------------------------------
+
+
+def lower(rows, columns, n):
+    """Canonical lower triangle of a symmetric pattern, and what every entry contributes to it."""
+    below, right = np.maximum(rows, columns), np.minimum(rows, columns)
+    indptr, indices, slots = pattern.compress(below, right, n, n)
+    roles = np.where(rows == columns, DIAGONAL, np.where(rows > columns, DIRECT, MIRRORED)).astype(np.uint8)
+    return indptr, indices, slots, roles
+
+
+def positive_plan(mask, simd, ordering):
+    n = len(mask)
+    rows, columns = entries(mask)
+    indptr, indices, slots, roles = lower(rows, columns, n)
+    order = {"amd": multifrontal.amd, "metis": multifrontal.metis}.get(ordering)
+    perm = order(indptr, indices) if order else np.arange(n, dtype=np.int32)
+    plan = multifrontal.Symbolic(indptr, indices, perm, simd)
+    assert plan.nnz == multifrontal.predict(indptr, indices, plan.perm)[0] <= plan.stored and plan.nbytes > 0
+    pivot = np.argsort(plan.perm)
+    owner = np.repeat(np.arange(n), np.diff(indptr))
+    exchanged = (pivot[indices] < pivot[owner])[slots] & (roles < DIAGONAL)
+    roles = np.where(exchanged, 1 - roles, roles).astype(np.uint8)
+    sources = np.arange(len(rows), dtype=np.int32)
+    assembly = pattern.Assembly(len(rows), slots, sources, roles, plan.supernodes, *plan.positions(), 0.5, True)
+    return plan, assembly, rows, columns
+
+
+def positive(mask, simd, ordering, dtype, batch=2, widths=(1, 3, 17), threads=(1,)):
+    n = len(mask)
+    plan, assembly, rows, columns = positive_plan(mask, simd, ordering)
+    A = numbers((batch, n, n), dtype) * mask
+    A = dominant((A + adjoint_of(A)) / 2)
+    values = gather(A, rows, columns)
+    storage = multifrontal.Storage(plan, DTYPES.index(dtype), batch)
+    for count, width in itertools.product(threads, widths):
+        storage.factorize(assembly, values.ctypes.data, len(rows), True, None, count)
+        assert not storage.failed
+        b = numbers((batch, n, width), dtype)
+        check(A, solve(storage, b, threads=count), b)
+        check(A[[0, 0, -1]], solve(storage, b[[0, 0, 0]], [0, 0, batch - 1], threads=count), b[[0, 0, 0]])
+    for bad in (-1, np.nan, np.inf):  # in the last matrix, at the last pivot and at others
+        broken = values.copy()
+        at = np.flatnonzero(rows == columns)
+        broken[-1, at[:: max(1, len(at) // 3)]] = bad
+        storage.factorize(assembly, broken.ctypes.data, len(rows), False, None, threads[-1])
+        assert storage.failed and storage.failed_columns()[-1] in range(n)
+        assert np.isnan(solve(storage, b)[-1]).all()
+    plan.trim()
+
+
+def test_positive():
+    simd = os.environ.get("SPCACHE_SIMD")
+    best = multifrontal.INSTRUCTION_SETS.index(multifrontal.best_simd())
+    levels = [simd] if simd else multifrontal.INSTRUCTION_SETS[: best + 1]
+    for level, dtype in itertools.product(levels, DTYPES):
+        for n in (1, 2, 3, 7, 8, 9, 17, 33, 50):
+            positive(random_mask(n, 1.0, True), level, "natural", dtype)
+            positive(random_mask(n, 3 / n, True), level, ("amd", "metis", "natural")[n % 3], dtype)
+        positive(random_mask(161, 1.0, True), level, "natural", dtype, 1, (1, 5))  # packed kernels
+        arms = np.kron(np.eye(2, dtype=bool), np.ones((70, 70), bool))
+        arms = np.pad(arms, ((0, 45), (0, 45)), constant_values=True)
+        positive(arms, level, "natural", dtype, 1, (2,))
+    i = np.arange(45 * 45).reshape(45, 45)
+    grid = np.eye(45 * 45, dtype=bool)
+    for a, b in ((i[1:], i[:-1]), (i[:, 1:], i[:, :-1])):
+        grid[a.ravel(), b.ravel()] = grid[b.ravel(), a.ravel()] = True
+    positive(grid, levels[-1], "metis", np.float32, 1, (1,), threads=(1, 2, 4))
+
+
+# --- KLU ------------------------------------------------------------------------------------------------------------------
+
+
+def general(n, dtype, ordering, wide, density):
+    mask = random_mask(n, density, False)[rng.permutation(n)]
+    rows, columns = entries(mask)
+    indptr, indices, slots = pattern.compress(rows, columns, n, n)
+    plan = klu.Symbolic(indptr, indices, ordering, wide)
+    nnz = len(rows)
+    direct = np.full(nnz, DIRECT, np.uint8)
+    assembly = pattern.Assembly(nnz, slots, np.arange(nnz, dtype=np.int32), direct, 1, None, None, 1.0, False)
+    A = numbers((2, n, n), dtype) * mask
+    A[mask & (np.cumsum(mask, 1) == 1)] if False else None
+    A = A + mask * 0
+    strong = (np.cumsum(mask, 0) == 1) & mask
+    A = (A + 0 * strong).astype(dtype)
+    values = gather(A, rows, columns)
+    storage = klu.Storage(plan, DTYPES.index(dtype), 2)
+    return plan, assembly, A, values, storage, nnz
+
+
+def test_general():
+    for dtype, wide, ordering in itertools.product(DTYPES, (False, True), klu.ORDERINGS):
+        for n, density in ((1, 1.0), (2, 1.0), (6, 0.5), (25, 0.15), (40, 0.3)):
+            plan, assembly, A, values, storage, nnz = general(n, dtype, ordering, wide, density)
+            first = klu.Storage(plan, DTYPES.index(dtype), 2)
+            for round_, (target, template) in enumerate(((first, None), (first, None), (storage, first), (storage, None))):
+                scaled = np.ascontiguousarray((values * (1 + round_)).astype(dtype))
+                target.factorize(assembly, scaled.ctypes.data, nnz, round_ % 2 == 0, template)
+            for e in range(2):  # KLU's own judgement of a random matrix is not ours to check: look at the sound ones
+                if storage.failed_columns() is None and np.linalg.cond(A[e].astype(complex)) < 1e4:
+                    for width, adjoint in itertools.product((1, 4, 7), (False, True)):
+                        b = numbers((1, n, width), dtype)
+                        M = (adjoint_of(A) if adjoint else A)[[e]] * 4
+                        assert finite(solve(storage, b, [e], adjoint))
+                        x = solve(storage, b, [e], adjoint).astype(complex)
+                        assert abs(M @ x - b).max() <= 1e5 * np.finfo(dtype).eps * (1 + abs(b).max())
+            for bad in (0, np.nan, np.inf, 1e-300):
+                broken = values.copy()
+                broken[1, :: max(1, nnz // 4)] = bad
+                storage.factorize(assembly, broken.ctypes.data, nnz, bad == 0)
+                solve(storage, numbers((2, n, 2), dtype))
+            plan.trim()
+    # structurally singular
+    indptr, indices = np.array([0, 2, 4, 4]), np.array([0, 2, 0, 2], np.int32)
+    plan = klu.Symbolic(indptr, indices, "amd")
+    slots = np.arange(4, dtype=np.int32)
+    assembly = pattern.Assembly(4, slots, slots, np.zeros(4, np.uint8), 1, None, None, 1.0, False)
+    storage, ones = klu.Storage(plan, 1, 1), np.ones(4)
+    storage.factorize(assembly, ones.ctypes.data, 4, True)
+    assert plan.structural_rank == 2 and storage.failed_columns()[0] >= 0
+    assert np.isnan(solve(storage, np.ones((1, 3, 2)))).all()
+
+
+# --- what is done on the caller's entries ---------------------------------------------------------------------------------
+
+
+def test_entries():
+    for n, density, dtype in itertools.product((1, 5, 30), (0.0, 0.2, 1.0), DTYPES):
+        mask = random_mask(n, density, True)
+        rows, columns = entries(mask)
+        nnz, code = len(rows), DTYPES.index(dtype)
+        indptr, indices, slots, _ = lower(rows, columns, n)
+        view = pattern.Entries(rows, columns)
+        view.pair(n, indptr, indices, slots)
+        A = numbers((1, n, n), dtype) * mask
+        H = dominant((A + adjoint_of(A)) / 2)
+        values = gather(H, rows, columns)
+        tolerance = 64 * float(np.finfo(dtype).eps)
+        difference, largest = view.asymmetry(values.ctypes.data, nnz, code, True)
+        assert difference <= tolerance * largest and abs(largest / abs(H).max() - 1) < 1e-5
+        assert view.positive_hermitian(values.ctypes.data, nnz, code, tolerance)
+        assert not view.positive_hermitian((-values).ctypes.data, nnz, code, tolerance)
+        for width, mirror, one in itertools.product((1, 2, 5), (0, 1, 2), (False, True)):
+            u, w, out = numbers((2, n, width), dtype), numbers((2, n, width), dtype), np.empty((2, nnz), dtype)
+            view.outer(u.ctypes.data, w.ctypes.data, out.ctypes.data, 2, n, n, width, code, mirror, one)
+            assert finite(out)
+            if mirror == 0:
+                assert np.allclose(out, -np.einsum("bkr,bkr->bk", u[:, rows], w[:, columns].conj()), rtol=1e-4, atol=1e-4)
+    for count, dtype in itertools.product((0, 1, 7, 8, 9, 31), DTYPES):
+        x = numbers(count, dtype)
+        copy = pattern.ValuesCopy()
+        copy.keep(x.ctypes.data, x.nbytes)
+        assert finite(x) and copy.equals(x.ctypes.data, x.nbytes) and not copy.equals(x.ctypes.data, x.nbytes + 1)
+        for k in range(count):
+            y = x.copy()
+            y[k] = np.nan
+            assert not finite(y) and not copy.equals(y.ctypes.data, y.nbytes)
+    for m, n in ((1, 1), (3, 7), (9, 2)):
+        rows, columns = (rng.integers(0, k, 40).astype(np.int32) for k in (m, n))
+        indptr, indices, slots = pattern.compress(rows, columns, m, n)
+        assert indptr[-1] == len(indices) == len(set(zip(rows.tolist(), columns.tolist(), strict=True)))
+        assert (indices[slots] == rows).all()
+
+
+def test_refusals():
+    """What is refused must not be touched."""
+    eye = np.arange(4, dtype=np.int64), np.arange(3, dtype=np.int32)
+    plan = multifrontal.Symbolic(*eye, np.arange(3, dtype=np.int32), "baseline")
+    other = klu.Symbolic(*eye, "amd")
+    short = np.arange(2, dtype=np.int32)
+    assembly = pattern.Assembly(3, eye[1], eye[1], np.zeros(3, np.uint8), 1, None, None, 1.0, False)
+    storages = multifrontal.Storage(plan, 1, 2), klu.Storage(other, 1, 2)
+    x = np.ones((2, 3, 1))
+    calls = [
+        lambda: multifrontal.amd(eye[0], short),
+        lambda: multifrontal.metis(np.array([0, 3, 2, 3]), eye[1]),
+        lambda: multifrontal.Symbolic(*eye, np.array([0, 1, 3], np.int32), "baseline"),
+        lambda: multifrontal.Symbolic(*eye, short, "baseline"),
+        lambda: klu.Symbolic(np.array([0, 3, 2, 3]), eye[1], "amd"),
+        lambda: klu.Symbolic(eye[0], np.array([0, 1, 3], np.int32), "amd"),
+        lambda: pattern.Entries(eye[1], short),
+        lambda: pattern.Entries(eye[1], eye[1]).asymmetry(x.ctypes.data, 3, 1, False),
+    ]
+    for storage in storages:
+        calls += [
+            lambda s=storage: s.factorize(assembly, x.ctypes.data, 4, True),
+            lambda s=storage: s.solve(x.ctypes.data, x.ctypes.data, 3, 1, 0, False),
+            lambda s=storage: solve(s, x, [0, 2]),
+            lambda s=storage: type(s)(s.symbolic, 4, 1),
+            lambda s=storage: type(s)(s.symbolic, 1, 0),
+        ]
+    for call in calls:
+        try:
+            call()
+        except ValueError:
+            continue
+        raise AssertionError("was not refused")
+
+
+def test_threads():
+    """One plan, one storage read by all, storages of their own."""
+    plan, assembly, rows, columns = positive_plan(random_mask(60, 0.05, True), os.environ.get("SPCACHE_SIMD", "baseline"), "amd")
+    mask = np.zeros((60, 60), bool)
+    mask[rows, columns] = True
+    A = dominant((numbers((1, 60, 60), np.float64) * mask + np.zeros(1)) * 0 - mask)
+    values = gather(A, rows, columns)
+    shared = multifrontal.Storage(plan, 1, 1)
+    shared.factorize(assembly, values.ctypes.data, len(rows), True, None, 1)
+    b = numbers((1, 60, 3), np.float64)
+    failed = []
+
+    def work():
+        own = multifrontal.Storage(plan, 1, 1)
+        for _ in range(10):
+            own.factorize(assembly, values.ctypes.data, len(rows), True, None, 2)
+            if not np.array_equal(solve(shared, b, threads=2), solve(own, b)):
+                failed.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    check(A, solve(shared, b), b)
+
+
+if __name__ == "__main__":
+    assert "torch" not in sys.modules
+    for test in (test_entries, test_refusals, test_positive, test_general, test_threads):
+        test()
+        print(f"{test.__name__}: passed", flush=True)

@@ -1,0 +1,156 @@
+"""The house keeps its rooms: imports point down only, native modules have one door, stubs say what is there."""
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+import spcache
+
+PACKAGE = Path(spcache.__file__).parent
+SOURCES = Path(__file__).resolve().parents[1] / "src"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# From top to bottom; a module imports from lines below its own only (docs/architecture.md).
+LEVELS = [
+    ["__init__"],
+    ["compat", "functional"],
+    ["system", "_operators", "_lstsq", "_matmul", "_triangular"],
+    ["factor"],
+    ["iterative", "autograd"],
+    ["plans", "stats", "matrices"],
+    ["pattern"],
+    ["engines"],
+    ["engines.multifrontal", "engines.klu", "engines.cudss"],
+    ["engines.protocol", "_pattern", "engines._multifrontal", "engines._klu"],
+    ["errors"],
+]
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+
+NATIVE = {  # module -> who may import it
+    "_pattern": ["pattern", "system", "factor", "engines.klu", "engines.multifrontal"],
+    "engines._klu": ["engines.klu"],
+    "engines._multifrontal": ["engines.multifrontal"],
+}
+
+
+def name_of(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+    return name if name in LEVEL else name.split(".")[0]  # compat.x and iterative.x stand for their room
+
+
+def imports_of(path):
+    """Names of the modules of the package that a file imports when it runs; those for type checking do not count."""
+    tree, found = ast.parse(path.read_text()), []
+    package = path.relative_to(PACKAGE).parts[:-1]
+
+    def visit(node):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.extend(a.name.removeprefix("spcache.") for a in node.names if a.name.split(".")[0] == "spcache")
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "spcache"):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            module = (node.module or "").removeprefix("spcache").strip(".")
+            base += module.split(".") if module else []
+            for alias in node.names:  # a submodule, or a name inside of the module
+                inner = ".".join([*base, alias.name])
+                found.append(inner if inner in LEVEL else ".".join(base))
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(tree)
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    name = name_of(path)
+    assert name in LEVEL, f"{name} has no place in the house: give it one in LEVELS and in docs/architecture.md"
+    for imported in imports_of(path):
+        imported = imported if imported in LEVEL else imported.split(".")[0]
+        assert imported in LEVEL, f"{name} imports {imported}, which has no place"
+        assert LEVEL[imported] > LEVEL[name] or imported == name, f"{name} imports {imported}, which is not below it"
+
+
+def test_the_parser_sees_imports():
+    """A test that cannot fail proves nothing."""
+    assert {"engines.protocol", "pattern", "autograd"} & set(imports_of(PACKAGE / "system.py"))
+    assert "engines._klu" in imports_of(PACKAGE / "engines" / "klu.py")
+    assert "errors" in imports_of(PACKAGE / "engines" / "__init__.py")
+    assert "factor" not in imports_of(PACKAGE / "autograd.py")  # for type checking only
+    assert len(MODULES) > 10
+
+
+def test_native_modules_have_one_door():
+    for path in MODULES:
+        for imported in imports_of(path):
+            if imported in NATIVE:
+                assert name_of(path) in NATIVE[imported], f"{path.name} imports {imported}"
+
+
+def test_the_protocol_knows_nothing_but_errors():
+    assert set(imports_of(PACKAGE / "engines" / "protocol.py")) <= {"errors"}
+
+
+def test_native_sources_know_nothing_of_the_package():
+    files = [f for f in SOURCES.rglob("*") if f.suffix in (".pyx", ".pxd", ".hpp", ".cpp")]
+    assert len(files) > 10
+    for file in files:
+        text = file.read_text()
+        assert not re.search(r"^\s*(from|import|cimport)\s+\.*spcache", text, re.MULTILINE), file.name
+        assert not re.search(r"\btorch\b.*\.h\b|^\s*c?import torch", text, re.MULTILINE), file.name
+        if file.suffix in (".hpp", ".cpp"):
+            assert not re.search(r'#include\s*[<"](Python\.h|torch|ATen|c10)', text), file.name
+
+
+def test_derivatives_are_in_one_file():
+    """autograd.py is the only file with autograd Functions and library ops."""
+    for path in MODULES:
+        classes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ClassDef)]
+        functions = [c.name for c in classes if any(ast.unparse(b).endswith("Function") for b in c.bases)]
+        uses_ops = "torch.library" in path.read_text()
+        assert path.name == "autograd.py" or not (functions or uses_ops), f"{path.name}: {functions}"
+
+
+def test_the_only_global_state_is_the_plan_cache():
+    """Law 4: no module-level containers that somebody fills, but the table of engines, which nobody does."""
+    for path in MODULES:
+        for node in ast.parse(path.read_text()).body:
+            if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+                continue
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            name = ast.unparse(target)
+            mutable = isinstance(node.value, ast.Dict | ast.List | ast.Set | ast.ListComp | ast.DictComp)
+            if mutable and name not in ("__all__",):
+                assert name.isupper(), f"{path.name}: {name} is neither a constant nor the plan cache"
+                assert not re.search(rf"\b{name}(\[.*\] =|\.(append|update|add|setdefault|pop)\b)", path.read_text())
+
+
+@pytest.mark.parametrize("module", NATIVE)
+def test_stubs_say_what_is_there(module):
+    stub = PACKAGE / (module.replace(".", "/") + ".pyi")
+    assert stub.exists() and (PACKAGE / "py.typed").exists()
+    native = importlib.import_module(f"spcache.{module}")
+    declared = {}
+    for node in ast.parse(stub.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            declared[node.name] = node
+        elif isinstance(node, ast.AnnAssign):
+            declared[ast.unparse(node.target)] = node
+    for name, node in declared.items():
+        assert hasattr(native, name), f"{stub.name}: {name} is not there"
+        if isinstance(node, ast.ClassDef):
+            for member in node.body:
+                inner = member.name if isinstance(member, ast.FunctionDef) else ast.unparse(getattr(member, "target", member))
+                assert inner == "..." or hasattr(getattr(native, name), inner), f"{stub.name}: {name}.{inner}"
+
+
+def test_import_needs_little():
+    """`import spcache` starts no thread and loads no plotting, no SciPy."""
+    for path in MODULES:
+        imported = {a.name.split(".")[0] for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import) for a in n.names}
+        assert not imported & {"scipy", "matplotlib", "pandas", "sympy"}, path.name
