@@ -16,9 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_clib import build_clib
 from setuptools.command.build_ext import build_ext
 
-MODE = next(
-    (mode for mode in ("sanitize", "debug") if os.environ.get(f"SPCACHE_{mode.upper()}") == "1"), "release"
-)
+MODE = next((mode for mode in ("sanitize", "debug") if os.environ.get(f"SPCACHE_{mode.upper()}") == "1"), "release")
 # Each mode's objects stay between builds, also for an editable install, whose own build folder is temporary.
 OBJECTS = f"build/{MODE}/objects.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 
@@ -49,7 +47,7 @@ HEADERS = {
 FLAGS = ["-std=c++17", "-fvisibility=hidden"] + {
     "release": ["-O3", "-g0"],
     "debug": ["-O0", "-g", "-UNDEBUG", "-D_GLIBCXX_ASSERTIONS"],
-    "sanitize": ["-O1", "-g", "-UNDEBUG", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"],
+    "sanitize": ["-O1", "-g1", "-fno-wrapv", "-UNDEBUG", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"],
 }[MODE]
 LINK_FLAGS = ["-fsanitize=address,undefined"] if MODE == "sanitize" else []
 CYTHON = {
@@ -119,9 +117,7 @@ def require_system_libraries() -> list[str]:
     folders = {header: folder_of(header) for header in HEADERS}
     missing = [header for header, folder in folders.items() if folder is None]
     if missing:
-        debian, fedora, conda = (
-            " ".join(names) for names in zip(*(HEADERS[h] for h in missing), strict=True)
-        )
+        debian, fedora, conda = (" ".join(names) for names in zip(*(HEADERS[h] for h in missing), strict=True))
         raise SystemExit(
             f"spcache: the compiler does not find {' and '.join(missing)}; install {debian} (Debian, "
             f"Ubuntu), {fedora} (Fedora) or {conda} (conda), or name the folder in the variable CPATH."
