@@ -43,7 +43,7 @@ from .pattern import Pattern, lazy
 if TYPE_CHECKING:
     from .factor import NumericFactor
 
-__all__ = ["CONJUGATED", "NONE", "TRANSPOSED", "Convention", "Source", "solve", "transformed"]
+__all__ = ["CONJUGATED", "NONE", "TRANSPOSED", "Convention", "Source", "plain", "solve", "transformed"]
 
 NONE, TRANSPOSED, CONJUGATED = 0, 1, 2  # how an entry is mirrored across the diagonal; as in kernels/pattern.hpp
 
@@ -63,6 +63,15 @@ except AttributeError:  # the test is private; without it everything takes the f
 def _differentiated() -> bool:
     """Whether a backward pass may itself be differentiated, so that native shortcuts are out of place."""
     return torch.is_grad_enabled() or transformed() or getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def plain(t: Tensor) -> Tensor:
+    """`t` as contiguous memory that holds its very numbers (no lazy conjugate or negative)."""
+    if t.is_conj():
+        t = t.resolve_conj()
+    if t.is_neg():
+        t = t.resolve_neg()
+    return t if t.is_contiguous() else t.contiguous()
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,8 @@ class Convention:
         return self._weighted(product(row, column) + (other.conj() if self.mirror == CONJUGATED else other))
 
     def gradient_native(self, u: Tensor, w: Tensor, vector: bool) -> Tensor:
-        """The same in one native pass over contiguous u and w, [*P, n] if vector; not differentiable."""
+        """The same in one native pass, u and w [*P, n] if vector; not differentiable."""
+        u, w = plain(u), plain(w)
         shape = u.shape if vector else u.shape[:-1]
         out = torch.empty((*shape[:-1], self.pattern.nnz), dtype=u.dtype)
         width = 1 if vector else u.shape[-1]

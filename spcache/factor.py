@@ -11,22 +11,14 @@ import torch
 from torch import Tensor
 
 from ._pattern import Assembly, ValuesCopy
+from .autograd import plain
 from .engines.protocol import DTYPE_CODES, Failure, Storage, SymbolicFactor
 from .stats import Stats
 
-__all__ = ["Factor", "NumericFactor", "Pool", "plain"]
+__all__ = ["Factor", "NumericFactor", "Pool", "describe"]
 
 # Idle storages a pool keeps: fresh memory costs page faults at every step.
 _KEEP_IDLE = 4
-
-
-def plain(t: Tensor) -> Tensor:
-    """`t` as contiguous memory that holds its very numbers (no lazy conjugate or negative)."""
-    if t.is_conj():
-        t = t.resolve_conj()
-    if t.is_neg():
-        t = t.resolve_neg()
-    return t if t.is_contiguous() else t.contiguous()
 
 
 class NumericFactor:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from . import matrices
 from ._pattern import all_finite
-from .autograd import CONJUGATED, NONE, TRANSPOSED, Convention, solve, transformed
+from .autograd import CONJUGATED, NONE, TRANSPOSED, Convention, plain, solve, transformed
 from .engines import DTYPE_CODES, KINDS, engine_for
 from .errors import EngineUnavailableError, NotPositiveDefiniteError, SingularMatrixError
-from .factor import Factor, NumericFactor, Pool, describe, plain
+from .factor import Factor, NumericFactor, Pool, describe
 from .pattern import Contributions, Pattern
 from .plans import plan_cache
 from .stats import Stats
