@@ -93,9 +93,10 @@ class Pattern:
         return entries
 
     def index_tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows and columns as int32 tensors [nnz], for torch's own gathers. Made anew at each call, without a copy on
-        the CPU: a tensor made inside a torch.func transform must not outlive it."""
-        return torch.from_numpy(self.rows).to(device), torch.from_numpy(self.columns).to(device)
+        """Rows and columns as int64 tensors [nnz], for torch's own gathers (older torch takes no int32 under vmap). Made
+        anew at each call: a tensor made inside a torch.func transform must not outlive it."""
+        rows, columns = torch.from_numpy(self.rows), torch.from_numpy(self.columns)
+        return rows.to(device, torch.int64), columns.to(device, torch.int64)
 
     @lazy
     def stored(self) -> Contributions:

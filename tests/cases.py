@@ -6,6 +6,7 @@ error of the values' type: `case.tolerance` is c * eps.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,6 +170,17 @@ def make(case: Case, n: int = 12, batch: tuple[int, ...] = (), seed: int = 0, de
     indices, values = _split(indices, values, g)
     order = torch.randperm(indices.shape[1], generator=g)
     return Problem(case, n, indices[:, order].contiguous(), values[..., order].to(case.dtype).contiguous())
+
+
+def grid_problem(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, batch: tuple[int, ...] = ()) -> Problem:
+    """A positive definite matrix on a grid of two or three dimensions, its lower triangle; random weights."""
+    i = torch.arange(math.prod(shape)).view(shape)
+    pairs = [torch.stack([i.narrow(a, 1, s - 1), i.narrow(a, 0, s - 1)]).flatten(1) for a, s in enumerate(shape)]
+    edges = torch.cat(pairs, 1)
+    off = -torch.rand(*batch, edges.shape[1], generator=_generator(0), dtype=torch.float64)
+    diagonal = torch.full((*batch, i.numel()), 2.0 * len(shape) + 0.1, dtype=torch.float64)
+    indices, values = torch.cat([edges, i.flatten().expand(2, -1)], 1), torch.cat([off, diagonal], -1)
+    return Problem(find_case("spd", dtype, "lower"), i.numel(), indices, values.to(dtype))
 
 
 def _split(indices: Tensor, values: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from cases import DTYPES, Problem, scaled_residual
 
-import torch
 from spcache.engines import DTYPE_CODES, engine_for
 from spcache.pattern import Pattern
 

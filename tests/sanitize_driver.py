@@ -236,7 +236,9 @@ def test_entries():
             view.outer(u.ctypes.data, w.ctypes.data, out.ctypes.data, 2, n, n, width, code, mirror, one)
             assert finite(out)
             if mirror == 0:
-                assert np.allclose(out, -np.einsum("bkr,bkr->bk", u[:, rows], w[:, columns].conj()), rtol=1e-4, atol=1e-4)
+                assert np.allclose(
+                    out, -np.einsum("bkr,bkr->bk", u[:, rows], w[:, columns].conj()), rtol=1e-4, atol=1e-4
+                )
     for count, dtype in itertools.product((0, 1, 7, 8, 9, 31), DTYPES):
         x = numbers(count, dtype)
         copy = pattern.ValuesCopy()

@@ -145,12 +145,21 @@ def test_stubs_say_what_is_there(module):
         assert hasattr(native, name), f"{stub.name}: {name} is not there"
         if isinstance(node, ast.ClassDef):
             for member in node.body:
-                inner = member.name if isinstance(member, ast.FunctionDef) else ast.unparse(getattr(member, "target", member))
+                inner = (
+                    member.name
+                    if isinstance(member, ast.FunctionDef)
+                    else ast.unparse(getattr(member, "target", member))
+                )
                 assert inner == "..." or hasattr(getattr(native, name), inner), f"{stub.name}: {name}.{inner}"
 
 
 def test_import_needs_little():
     """`import spcache` starts no thread and loads no plotting, no SciPy."""
     for path in MODULES:
-        imported = {a.name.split(".")[0] for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import) for a in n.names}
+        imported = {
+            a.name.split(".")[0]
+            for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, ast.Import)
+            for a in n.names
+        }
         assert not imported & {"scipy", "matplotlib", "pandas", "sympy"}, path.name

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from cases import GENERAL, SPD, every_double_case, find_case, make, relative_error
+from cases import GENERAL, SPD, every_double_case, find_case, grid_problem, make, relative_error
 
 import spcache
 from spcache import SparseSystem, plan_cache
@@ -120,7 +120,9 @@ def child(work):
 
 def test_fork(run_python):
     """The child uses the parent's plan, factor and graph, and leaves the parent's alone."""
-    run_python(FORK + """
+    run_python(
+        FORK
+        + """
 for case in (SPD, GENERAL):
     problem = make(case, 30, (2,), density=0.1)
     system, b = problem.system(), problem.rhs(30)
@@ -144,13 +146,35 @@ for case in (SPD, GENERAL):
     assert len(spcache.plan_cache) == 1 + (case is GENERAL)
     assert relative_error(factor.solve(b), expected) < 1e-12 and leaf.grad is None
     x.sum().backward()
-""")
+"""
+    )
+
+
+def test_fork_of_a_process_that_used_threads(run_python):
+    run_python(
+        FORK
+        + """
+from cases import grid_problem
+problem = grid_problem((120, 120), batch=(2,))
+system, b = problem.system(threads=4), problem.rhs(120 * 120, 5)
+expected = [system.solve(v, b) for v in problem.values]
+
+def work():
+    for v, x in zip(problem.values, expected):
+        assert torch.equal(system.solve(v, b), x)
+
+assert [child(work) for _ in range(5)] == [0] * 5
+work()
+"""
+    )
 
 
 @pytest.mark.slow
 def test_fork_while_another_thread_works(run_python):
     """Analyzing (also with METIS, which has a lock), factorizing, solving: no lock stays taken in the child."""
-    run_python(FORK + """
+    run_python(
+        FORK
+        + """
 stop = threading.Event()
 problems = [make(case, 150, seed=k, density=0.02) for k, case in enumerate((SPD, GENERAL))]
 
@@ -178,7 +202,8 @@ statuses = [child(work) for _ in range(60)]
 stop.set()
 for t in threads: t.join()
 assert not any(statuses), statuses
-""")
+"""
+    )
 
 
 # --- the plan cache -------------------------------------------------------------------------------------------------------
@@ -276,18 +301,13 @@ def resident():
         return int(file.read().split()[1]) * 4096
 
 
-def grid(side):
-    i = torch.arange(side * side).view(side, side)
-    across, down = torch.stack([i[:, :-1], i[:, 1:]]).flatten(1), torch.stack([i[:-1], i[1:]]).flatten(1)
-    return torch.cat([i.flatten().expand(2, -1), across, across.flip(0), down, down.flip(0)], 1)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["spd", "general", "auto"])
 def test_memory_does_not_grow(kind):
     """With the garbage collector off; each step's factor alone takes 0.8 MB or more."""
     side = 60
-    indices = grid(side)
+    lower = grid_problem((side, side)).indices
+    indices = torch.cat([lower, lower[:, lower[0] != lower[1]].flip(0)], 1)
     values = torch.where(indices[0] == indices[1], 4.5, -1.0).double()
     system, b = SparseSystem(indices, side * side, kind=kind), torch.ones(side * side, dtype=torch.float64)
 

@@ -8,9 +8,9 @@ import pytest
 import scipy.sparse as sp
 import torch
 from cases import relative_error
-from datafiles import DataFileMissing, available, load_matrix, load_rhs, load_sequence
 
 import spcache
+from datafiles import DataFileMissing, available, load_matrix, load_rhs, load_sequence
 from spcache import SparseSystem
 
 C = 10  # tolerated scaled residual in units of eps
@@ -72,7 +72,11 @@ def check(A, system, values):
     """One right-hand side and three, forwards and adjoint; and the gradient's own system."""
     n = A.shape[0]
     rng = np.random.default_rng(0)
-    for b, adjoint in [(rng.standard_normal(n), False), (A @ rng.standard_normal((n, 3)), False), (rng.standard_normal(n), True)]:
+    for b, adjoint in [
+        (rng.standard_normal(n), False),
+        (A @ rng.standard_normal((n, 3)), False),
+        (rng.standard_normal(n), True),
+    ]:
         x = system.solve(values, torch.from_numpy(b), adjoint=adjoint).numpy()
         M = A.T if adjoint else A
         for xk, bk in zip(x.reshape(n, -1).T, b.reshape(n, -1).T, strict=True):
@@ -86,7 +90,9 @@ def check(A, system, values):
     assert stats.reuses == 3
 
 
-@pytest.mark.parametrize("name, kind", [(name, kind) for name, kinds in MATRICES.items() for kind in (*kinds, "general", "auto")])
+@pytest.mark.parametrize(
+    "name, kind", [(name, kind) for name, kinds in MATRICES.items() for kind in (*kinds, "general", "auto")]
+)
 def test_matrix(name, kind):
     A = load(load_matrix, name)
     indices, values = tensors(A)
@@ -202,7 +208,9 @@ def test_least_squares_sequence(name):
 def test_both_halves_of_a_sequence_agree():
     """Refactorized or factorized afresh, in order or backwards: the same solutions."""
     sequence = load(load_sequence, "seq/powerflow_case1354pegase.npz")
-    pattern = sp.csr_array((np.ones(len(sequence["indices"])), sequence["indices"], sequence["indptr"]), shape=sequence["shape"])
+    pattern = sp.csr_array(
+        (np.ones(len(sequence["indices"])), sequence["indices"], sequence["indptr"]), shape=sequence["shape"]
+    )
     indices, n = tensors(pattern)[0], sequence["shape"][0]
     warm = SparseSystem(indices, n, kind="general")
     for data, b in list(zip(sequence["data"], sequence["rhs"], strict=True))[::-1]:

@@ -62,7 +62,11 @@ def test_orderings(case):
         if permutation is not None:  # `analyze` takes it back
             assert permutation.dtype == np.int32 and sorted(permutation) == list(range(60))
             again = engine.analyze(driver.contributions.structure, driver.plan.ordering, permutation)
-            assert (again.nnz, again.flops, again.ordering) == (driver.plan.nnz, driver.plan.flops, driver.plan.ordering)
+            assert (again.nnz, again.flops, again.ordering) == (
+                driver.plan.nnz,
+                driver.plan.flops,
+                driver.plan.ordering,
+            )
 
 
 @every_row
@@ -108,7 +112,9 @@ def test_sizes_are_checked_again(case):
             driver.plan.storage(dtype, batch)
     wrong = driver.contributions.structure
     with pytest.raises(ValueError):
-        driver.engine.analyze(Structure(wrong.n + 1, np.append(wrong.indptr, 10**6), wrong.indices, wrong.triangle), "auto")
+        driver.engine.analyze(
+            Structure(wrong.n + 1, np.append(wrong.indptr, 10**6), wrong.indices, wrong.triangle), "auto"
+        )
 
 
 @every_row
@@ -284,4 +290,4 @@ def test_the_engine_gets_a_canonical_structure(case):
 
 
 def test_scalar_types_travel_as_codes():
-    assert DTYPE_CODES == {torch.float32: 0, torch.float64: 1, torch.complex64: 2, torch.complex128: 3}
+    assert {torch.float32: 0, torch.float64: 1, torch.complex64: 2, torch.complex128: 3} == DTYPE_CODES

@@ -7,7 +7,12 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from spcache import SparseSystem
 
-GRADCHECK = {"check_forward_ad": True, "check_batched_grad": False, "check_grad_dtypes": True, "check_batched_forward_grad": False}
+GRADCHECK = {
+    "check_forward_ad": True,
+    "check_batched_grad": False,
+    "check_grad_dtypes": True,
+    "check_batched_forward_grad": False,
+}
 GRADGRADCHECK = {"check_fwd_over_rev": True, "check_batched_grad": False}
 
 
@@ -122,7 +127,12 @@ def test_one_step_costs_one_factorization_and_two_solves(case):
         values = problem.values[step].clone().requires_grad_()
         system.solve(values, b).sum().backward()
         stats = system.stats
-        assert (stats.factorizations, stats.matrices, stats.solves, stats.reuses) == (step + 1, step + 1, 2 * step + 2, 0)
+        assert (stats.factorizations, stats.matrices, stats.solves, stats.reuses) == (
+            step + 1,
+            step + 1,
+            2 * step + 2,
+            0,
+        )
     assert stats.analyses == 1 and stats.refactorizations + stats.repivots == 3
 
 

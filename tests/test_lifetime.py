@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import threading
 import weakref
 
 import pytest
@@ -29,7 +28,9 @@ def leaf(t):
 # --- equal values are factorized once -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [*(c for c in CASES if c.kind in ("spd", "general") and not c.triangle), AUTO], ids=str)
+@pytest.mark.parametrize(
+    "case", [*(c for c in CASES if c.kind in ("spd", "general") and not c.triangle), AUTO], ids=str
+)
 def test_equal_values_are_factorized_once(case):
     problem = make(case, 10, (2,))
     system, b = problem.system(), problem.rhs(10)
@@ -77,7 +78,12 @@ def test_zeros_of_both_signs():
 def test_values_of_another_type_are_another_matrix():
     problem = make(SPD, 6)
     system = problem.system()
-    for dtype, eps in [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.complex128, 1e-13), (torch.float64, 1e-13)]:
+    for dtype, eps in [
+        (torch.float64, 1e-13),
+        (torch.float32, 1e-5),
+        (torch.complex128, 1e-13),
+        (torch.float64, 1e-13),
+    ]:
         values, b = problem.values.to(dtype), problem.rhs(6).to(dtype)
         assert relative_error(system.solve(values, b), problem.reference(values, b)) < eps
     stats = system.stats
@@ -133,7 +139,9 @@ def test_a_graph_outlives_its_system(case):
     gc.collect()
     expected = gradients(problem, values, b, g)
     for y in (x, factor.solve(b)):
-        assert all(relative_error(a, e) < 1e-11 for a, e in zip(torch.autograd.grad(y, (values, b), g), expected, strict=True))
+        assert all(
+            relative_error(a, e) < 1e-11 for a, e in zip(torch.autograd.grad(y, (values, b), g), expected, strict=True)
+        )
 
 
 @each_engine
@@ -251,7 +259,7 @@ def test_factors_die_with_their_last_holder():
         del x
         assert second() is None
         other = weakref.ref(system)
-        y = torch.func.vmap(torch.func.grad(lambda v: system.solve(v, b).sum()))(problem.values)
+        y = torch.func.vmap(torch.func.grad(lambda v, system=system: system.solve(v, b).sum()))(problem.values)
         del system, y
         assert other() is None
     finally:
@@ -317,7 +325,11 @@ def test_a_failure_leaves_the_system_usable(case):
             system.solve(torch.zeros_like(values), b)
     stats = system.stats
     assert stats.factorizations == stats.matrices == before.factorizations + 3  # each was tried, and counted
-    assert (stats.solves, stats.reuses, stats.analyses) == (before.solves, before.reuses, before.analyses + (case is AUTO))
+    assert (stats.solves, stats.reuses, stats.analyses) == (
+        before.solves,
+        before.reuses,
+        before.analyses + (case is AUTO),
+    )
     for bad in (torch.nan, torch.inf):  # refused before anything is factorized
         with pytest.raises(ValueError, match="values must be finite"):
             system.solve(values + bad, b)

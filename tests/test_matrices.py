@@ -178,7 +178,9 @@ def test_solve_uncoalesced():
 def test_solve_finds_its_system_again():
     problem = make(SPD, 8, (3,))
     b, before = problem.rhs(8), plan_cache.info().hits
-    A, same, other = (sparse(problem, v).coalesce() for v in (problem.values[0], problem.values[0].clone(), problem.values[1]))
+    A, same, other = (
+        sparse(problem, v).coalesce() for v in (problem.values[0], problem.values[0].clone(), problem.values[1])
+    )
     for matrix, hits in [(A, 0), (A, 1), (same, 2), (other, 3)]:
         spcache.solve(matrix, b, kind="spd")
         assert plan_cache.info().hits - before == hits
@@ -208,4 +210,3 @@ def test_solve_passes_errors_on():
         spcache.solve(zero, torch.ones(2), kind="sdp")
     with pytest.raises(ValueError, match=r"b of shape \(3,\) does not fit"):
         spcache.solve(zero, torch.ones(3))
-

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, DTYPES, Problem, find_case, numbers, relative_error, scaled_residual
+from cases import CASES, DTYPES, Problem, find_case, relative_error, scaled_residual
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -91,7 +91,12 @@ def problems(draw, kinds=KINDS, dtypes=DTYPES):
 
 
 @settings(max_examples=300)
-@given(problem=problems(), columns=st.sampled_from([(), (1,), (2,), (5,), (16,)]), adjoint=st.booleans(), checked=st.booleans())
+@given(
+    problem=problems(),
+    columns=st.sampled_from([(), (1,), (2,), (5,), (16,)]),
+    adjoint=st.booleans(),
+    checked=st.booleans(),
+)
 def test_solutions(problem, columns, adjoint, checked):
     system, n = problem.system(check=checked), problem.n
     b = problem.rhs(n, *columns)
@@ -105,7 +110,11 @@ def test_solutions(problem, columns, adjoint, checked):
 
 
 @settings(max_examples=120)
-@given(problem=problems(dtypes=(torch.float64, torch.complex128)), columns=st.sampled_from([(), (3,)]), adjoint=st.booleans())
+@given(
+    problem=problems(dtypes=(torch.float64, torch.complex128)),
+    columns=st.sampled_from([(), (3,)]),
+    adjoint=st.booleans(),
+)
 def test_gradients(problem, columns, adjoint):
     """First and second, against the dense inverse."""
     system, n = problem.system(), problem.n

@@ -3,7 +3,17 @@
 import pytest
 import torch
 from cases import (
-    CASES, DTYPES, GENERAL, SPD, every_case, every_double_case, every_single_case, find_case, make, numbers, relative_error,
+    CASES,
+    DTYPES,
+    GENERAL,
+    SPD,
+    every_case,
+    every_double_case,
+    every_single_case,
+    find_case,
+    make,
+    numbers,
+    relative_error,
     scaled_residual,
 )  # fmt: skip
 
@@ -68,7 +78,10 @@ def test_memory_layouts(case):
         x = system.solve(values, rhs)
         assert torch.equal(x, expected) and torch.equal(rhs, kept)
     column = b[:, :1]
-    assert relative_error(system.solve(values, column.expand(9, 4)), system.solve(values, column).expand(9, 4)) < 20 * case.eps
+    assert (
+        relative_error(system.solve(values, column.expand(9, 4)), system.solve(values, column).expand(9, 4))
+        < 20 * case.eps
+    )
     pair = system.solve(values.expand(2, -1), b.expand(2, 9, 3))
     assert torch.equal(pair[0], pair[1]) and relative_error(pair[0], expected) == 0
 
@@ -190,7 +203,9 @@ def test_single_precision_gradients(case):
         values, b, g = (t.clone().requires_grad_() for t in tensors)
         return torch.autograd.grad(problem.system().solve(values, b), (values, b), g)
 
-    for single, double in zip(gradients(problem.values, b, g), gradients(*map(wide, (problem.values, b, g))), strict=True):
+    for single, double in zip(
+        gradients(problem.values, b, g), gradients(*map(wide, (problem.values, b, g))), strict=True
+    ):
         assert single.dtype == case.dtype
         assert relative_error(single, double) <= 30 * case.eps
 
@@ -269,7 +284,10 @@ def test_ordering_auto_takes_the_better_one():
     """Nested dissection wins on a large grid, minimum degree on a small one; what is taken predicts the least work."""
     for side, better in [(5, {"amd"}), (90, {"amd", "metis"})]:
         i = torch.arange(side * side).view(side, side)
-        pairs = torch.cat([torch.stack([i[1:].flatten(), i[:-1].flatten()]), torch.stack([i[:, 1:].flatten(), i[:, :-1].flatten()])], 1)
+        pairs = torch.cat(
+            [torch.stack([i[1:].flatten(), i[:-1].flatten()]), torch.stack([i[:, 1:].flatten(), i[:, :-1].flatten()])],
+            1,
+        )
         indices = torch.cat([pairs, i.flatten().expand(2, -1)], 1)
         values = torch.cat([-torch.ones(pairs.shape[1]), torch.full((side * side,), 4.5)]).double()
         flops, b = {}, torch.ones(side * side, dtype=torch.float64)

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from cases import GENERAL, SPD, find_case, make, relative_error
+from cases import DTYPES, GENERAL, SPD, find_case, grid_problem, make, relative_error
 
 import spcache
 
@@ -34,7 +34,9 @@ def in_threads(work, count):
         raise errors[0]
 
 
-some_cases = pytest.mark.parametrize("case", [SPD, GENERAL, find_case("auto"), find_case("hermitian", torch.complex128)], ids=str)
+some_cases = pytest.mark.parametrize(
+    "case", [SPD, GENERAL, find_case("auto"), find_case("hermitian", torch.complex128)], ids=str
+)
 
 
 @some_cases
@@ -77,6 +79,28 @@ def test_threads_share_a_system(case):
     assert stats.factorizations + stats.reuses == count * rounds
     assert stats.matrices == stats.factorizations and stats.solves == 2 * count * rounds
     assert stats.analyses == 1 and stats.refactorizations + stats.repivots < stats.factorizations
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(150, 150), (14, 14, 14)], ids=["2-D", "3-D"])
+def test_the_result_does_not_depend_on_the_number_of_threads(dtype, shape):
+    """Bit for bit: solutions, gradients; whether the option says so or torch's own setting."""
+    problem = grid_problem(shape, dtype, (2,))
+    b, g, results = problem.rhs(problem.n), problem.rhs(2, problem.n, seed=3), []
+    before = torch.get_num_threads()
+    try:
+        for option, setting in [(1, 2), (None, 1), (2, 1), (None, 2), (4, 1), (None, 3)]:
+            torch.set_num_threads(setting)
+            values = leaf(problem.values)
+            x = problem.system(threads=option).solve(values, b)
+            (gradient,) = torch.autograd.grad(x, values, g)  # g is given: torch's own kernels do depend on threads
+            results.append((x.detach(), gradient))
+    finally:
+        torch.set_num_threads(before)
+    for x, gradient in results[1:]:
+        assert torch.equal(x, results[0][0]) and torch.equal(gradient, results[0][1])
+    y = problem.system().matmul(problem.values, x)
+    assert relative_error(y, b.expand(2, -1)) < 1000 * torch.finfo(dtype).eps
 
 
 @some_cases

@@ -113,7 +113,9 @@ def test_adjoint(case):
         close(transform(f, (0, 1))(v, b), jacrev(reference, (0, 1))(v, b))
         close(transform(jacrev(f))(v, b), jacrev(jacrev(reference))(v, b))
         close(transform(jacfwd(f))(v, b), jacrev(jacrev(reference))(v, b))
-    close(vmap(f)(torch.stack([v, 2 * v]), torch.stack([b, b])), reference(torch.stack([v, 2 * v]), torch.stack([b, b])))
+    close(
+        vmap(f)(torch.stack([v, 2 * v]), torch.stack([b, b])), reference(torch.stack([v, 2 * v]), torch.stack([b, b]))
+    )
 
 
 @some_cases
@@ -123,7 +125,7 @@ def test_matmul(case):
     v, x = problem.values, problem.rhs(3)
     if case.dtype.is_complex:
         v, x = torch.view_as_real(v), torch.view_as_real(x)
-    f, reference = (real_function(case, g) for g in (system.matmul, lambda v, x: (problem.matrix(v) @ x)))
+    f, reference = (real_function(case, g) for g in (system.matmul, lambda v, x: problem.matrix(v) @ x))
     for transform in (jacrev, jacfwd):
         close(transform(f, (0, 1))(v, x), jacrev(reference, (0, 1))(v, x))
         close(transform(jacrev(f, 0), 1)(v, x), jacrev(jacrev(reference, 0), 1)(v, x))
@@ -142,7 +144,11 @@ def test_vmap(case):
     def check(in_dims, values, rhs, expected, factorizations, matrices):
         system = problem.system()
         close(vmap(system.solve, in_dims)(values, rhs), expected)
-        assert (system.stats.factorizations, system.stats.matrices, system.stats.solves) == (factorizations, matrices, 1)
+        assert (system.stats.factorizations, system.stats.matrices, system.stats.solves) == (
+            factorizations,
+            matrices,
+            1,
+        )
 
     check(0, v, b, reference(v, b), 1, 4)  # one native call for the batch
     check(0, v, B, reference(v, B), 1, 4)
@@ -175,7 +181,10 @@ def test_nested_vmap(case):
     close(vmap(vmap(system.solve, (None, 0)))(v[:, 0], b), reference(v[:, :1], b))
     close(vmap(vmap(system.solve, (0, None)), (None, 0))(v[0], b[:, 0]), reference(v[:1], b[:, :1]))
     close(vmap(vmap(vmap(system.solve)), (None, 0))(v, many), torch.stack([reference(v, x) for x in many]))
-    close(vmap(vmap(system.solve, (1, None), 1), (0, 0))(v.transpose(1, 2), b[:, 0]), reference(v, b[:, :1]).transpose(1, 2))
+    close(
+        vmap(vmap(system.solve, (1, None), 1), (0, 0))(v.transpose(1, 2), b[:, 0]),
+        reference(v, b[:, :1]).transpose(1, 2),
+    )
 
 
 @some_cases
@@ -236,7 +245,9 @@ def test_dual_numbers(case):
                 primal, tangent = forward_ad.unpack_dual(x)
                 out += [primal, tangent]
                 # reverse over forward: the gradient of a function of value and tangent
-                out += torch.autograd.grad(tangent.abs().pow(2).sum() + primal.abs().pow(2).sum(), (v, b), retain_graph=True)
+                out += torch.autograd.grad(
+                    tangent.abs().pow(2).sum() + primal.abs().pow(2).sum(), (v, b), retain_graph=True
+                )
                 # forward over reverse: the tangent of the gradient
                 for options in ({"retain_graph": True}, {"create_graph": True}):
                     gradients = torch.autograd.grad(x.abs().pow(2).sum(), (v, b), **options)
