@@ -66,12 +66,32 @@ def _differentiated() -> bool:
 
 
 def plain(t: Tensor) -> Tensor:
-    """`t` as contiguous memory that holds its very numbers (no lazy conjugate or negative)."""
+    """`t` as contiguous memory that holds its very numbers (no lazy conjugate or negative), fit for `data_ptr`.
+
+    Raises:
+        TypeError: t has no memory: a fake tensor, a wrapper subclass, freed storage.
+    """
     if t.is_conj():
         t = t.resolve_conj()
     if t.is_neg():
         t = t.resolve_neg()
-    return t if t.is_contiguous() else t.contiguous()
+    if not t.is_contiguous():
+        t = t.contiguous()
+    try:
+        address = t.data_ptr()
+    except RuntimeError as error:
+        raise TypeError(
+            f"a {type(t).__name__} without memory of its own cannot be read here; under is_grads_batched=True or "
+            f"vectorize=True use torch.func (vmap, jacrev, jacfwd) instead"
+        ) from error
+    if address == 0 and t.numel():
+        if t._is_zerotensor():  # zeros that autograd did not care to write down
+            return torch.zeros(t.shape, dtype=t.dtype, device=t.device)
+        raise TypeError(
+            f"a {type(t).__name__} of shape {tuple(t.shape)} has no memory to read: it is a wrapper, a fake tensor, or "
+            f"its storage was freed; pass a plain tensor"
+        )
+    return t
 
 
 @dataclass(frozen=True)
@@ -119,7 +139,7 @@ class Convention:
         """The same in one native pass, u and w [*P, n] if vector; not differentiable."""
         u, w = plain(u), plain(w)
         shape = u.shape if vector else u.shape[:-1]
-        out = torch.empty((*shape[:-1], self.pattern.nnz), dtype=u.dtype)
+        out = torch.empty((*shape[:-1], self.pattern.nnz), dtype=u.dtype, device=u.device)
         width = 1 if vector else u.shape[-1]
         if out.numel():
             self.pattern.entries.outer(
@@ -192,8 +212,14 @@ def _sum_to(t: Tensor, shape: torch.Size) -> Tensor:
     return t if t.shape == shape else t.sum_to_size(shape)
 
 
-def _remember(ctx: Any, values: Tensor, b: Tensor, x: Tensor, source: Source, vector: bool, adjoint: bool) -> None:
-    ctx.save_for_backward(values, x)
+def _remember(
+    ctx: Any, values: Tensor, b: Tensor, x: Tensor, source: Source, vector: bool, adjoint: bool, save: bool
+) -> None:
+    if save:
+        ctx.save_for_backward(values, x)
+        ctx.detached = None
+    else:  # the gradient of b needs the factor only: values and x may be changed in place
+        ctx.detached = values.detach()
     ctx.save_for_forward(values, b, x)
     ctx.source, ctx.vector, ctx.adjoint, ctx.b_shape = source, vector, adjoint, b.shape
 
@@ -202,11 +228,14 @@ def _remember(ctx: Any, values: Tensor, b: Tensor, x: Tensor, source: Source, ve
 _Solver = Callable[[Tensor, Tensor, bool], Tensor]
 
 
-def _adjoint_rule(ctx: Any, values: Tensor, x: Tensor, g: Tensor, solver: _Solver) -> tuple[Tensor | None, Tensor]:
-    """(grad values, grad b) by the rule (adjoint) of the derivation, itself differentiable."""
+def _adjoint_rule(
+    ctx: Any, values: Tensor, x: Tensor | None, g: Tensor, solver: _Solver
+) -> tuple[Tensor | None, Tensor]:
+    """(grad values, grad b) by the rule (adjoint) of the derivation, itself differentiable. x: None where only b needs
+    its gradient."""
     lam = solver(values, g, not ctx.adjoint)
     grad_values = None
-    if ctx.needs_input_grad[0]:
+    if ctx.needs_input_grad[0] and x is not None:
         u, w = (lam.unsqueeze(-1), x.unsqueeze(-1)) if ctx.vector else (lam, x)
         if ctx.adjoint:
             u, w = w, u
@@ -246,19 +275,21 @@ class _Solve(Function):
             failed = numeric.failed if failed is None else numeric.failed | failed
         if failed is not None:
             x = x.masked_fill(_like_solution(failed, vector), torch.nan)
-        _remember(ctx, values, b, x, source, vector, adjoint)
+        _remember(ctx, values, b, x, source, vector, adjoint, ctx.needs_input_grad[0] or not source.keep_factor)
         ctx.numeric = numeric if source.keep_factor else None
         ctx.failed = failed
         return x
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        values, x = ctx.saved_tensors
+        values, x = (ctx.detached, None) if ctx.detached is not None else ctx.saved_tensors
         numeric = ctx.numeric if ctx.numeric is not None else ctx.source.find(values, raising=False)
         grad_values: Tensor | None
         grad_b: Tensor | None
         if ctx.failed is not None or _differentiated():
-            if ctx.failed is not None:  # zeros for the NaNs, so that a zero cotangent gives a zero gradient
+            if (
+                ctx.failed is not None and x is not None
+            ):  # zeros for the NaNs, so that a zero cotangent gives a zero gradient
                 x = x.masked_fill(_like_solution(ctx.failed, ctx.vector), 0.0)
 
             def solver(values: Tensor, g: Tensor, adjoint: bool) -> Tensor:
@@ -270,7 +301,7 @@ class _Solve(Function):
             vector, adjoint = ctx.vector, ctx.adjoint
             grad_values = grad_b = None
             lam = numeric.solve(g, vector, not adjoint)
-            if ctx.needs_input_grad[0]:
+            if ctx.needs_input_grad[0] and x is not None:
                 u, w = (x, lam) if adjoint else (lam, x)
                 grad_values = _sum_to(ctx.source.convention.gradient_native(u, w, vector), values.shape)
             if ctx.needs_input_grad[1]:
@@ -333,13 +364,15 @@ class _SolveTransformed(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         values, b, source, memo, adjoint, _, _ = inputs
-        _remember(ctx, values, b, output, source, False, adjoint)
+        _remember(ctx, values, b, output, source, False, adjoint, True)
         ctx.memo = memo
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         values, x = ctx.saved_tensors
-        x = torch.where(torch.isnan(x), torch.zeros_like(x), x)  # of elements that failed, see `_Solve.backward`
+        # A zero cotangent of an element that failed gives a zero gradient, see `_Solve.backward`.
+        silent = (g == 0).flatten(-2).all(-1)[..., None, None]
+        x = torch.where(torch.isnan(x) & silent, torch.zeros_like(x), x)
 
         def solver(values: Tensor, g: Tensor, adjoint: bool) -> Tensor:
             return _SolveTransformed.apply(values, g, ctx.source, ctx.memo, adjoint, False, True)

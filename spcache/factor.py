@@ -10,7 +10,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from ._pattern import Assembly, ValuesCopy
+from ._pattern import Assembly, Loan, ValuesCopy
 from .autograd import plain
 from .engines.protocol import DTYPE_CODES, Failure, Storage, SymbolicFactor
 from .stats import Stats
@@ -22,7 +22,7 @@ _KEEP_IDLE = 4
 
 
 class NumericFactor:
-    """The factors of one batch of values. Immutable; its storage returns to the pool with the last reference.
+    """The factors of one batch of values. Immutable; the loan of its storage ends with the last reference.
 
     Attributes:
         batch_shape: batch dimensions of the values.
@@ -33,38 +33,25 @@ class NumericFactor:
     """
 
     __slots__ = (
-        "__weakref__", "_copy", "_idle", "_stats", "_threads", "batch_shape",
-        "dtype", "failed", "failures", "finite", "n", "plan",
-        "storage",
+        "__weakref__", "_copy", "_loan", "_stats", "_threads", "batch_shape", "dtype", "failed", "failures", "finite",
+        "n", "plan", "storage",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        pool: Pool,
-        n: int,
-        storage: Storage,
-        copy: ValuesCopy,
-        idle: list[tuple[Storage, ValuesCopy]],
-        values: Tensor,
-    ):
-        self._copy = copy
-        self._idle = idle
+    def __init__(self, pool: Pool, loan: Loan, values: Tensor):
+        self._loan = loan
+        self._copy: ValuesCopy = loan.copy
         self._stats = pool.stats
         self._threads = pool.threads
         self.plan = pool.plan
-        self.n = n
-        self.storage = storage
+        self.n = pool.n
+        self.storage: Storage = loan.storage
         self.batch_shape = values.shape[:-1]
         self.dtype = values.dtype
         self.finite = False
-        self.failures = storage.failures()
+        self.failures = self.storage.failures()
         self.failed: Tensor | None = None
         if self.failures is not None:
-            self.failed = torch.tensor([f is not None for f in self.failures]).view(self.batch_shape)
-
-    def __del__(self) -> None:
-        if len(self._idle) < _KEEP_IDLE:
-            self._idle.append((self.storage, self._copy))
+            self.failed = torch.tensor([f is not None for f in self.failures], device="cpu").view(self.batch_shape)
 
     @property
     def nbytes(self) -> int:
@@ -86,7 +73,7 @@ class NumericFactor:
         if self.batch_shape and lead != self.batch_shape:
             lead = torch.broadcast_shapes(lead, self.batch_shape)
             b = b.expand(*lead, *b.shape[-own:])
-            index = torch.arange(self.storage.batch).view(self.batch_shape).expand(lead).contiguous()
+            index = torch.arange(self.storage.batch, device="cpu").view(self.batch_shape).expand(lead).contiguous()
             factors = index.data_ptr()
         b = plain(b)
         x = torch.empty_like(b)
@@ -105,7 +92,7 @@ class NumericFactor:
         info = [0 if f is None else f.column + 1 for f in failures]
         if not self.finite:
             info = [k if self._copy.finite(e, batch, code) else -1 for e, k in enumerate(info)]
-        return torch.tensor(info, dtype=torch.int32).view(self.batch_shape)
+        return torch.tensor(info, dtype=torch.int32, device="cpu").view(self.batch_shape)
 
 
 class Pool:
@@ -144,8 +131,9 @@ class Pool:
             template = latest.storage  # its pivots serve a storage that has none
         threads = self.threads or torch.get_num_threads()
         start = perf_counter()
-        storage.factorize(self.assembly, values.data_ptr(), values.shape[-1], check, template, threads)
+        # Factored from the copy: whoever changes the values meanwhile cannot make the two differ.
         copy.keep(values.data_ptr(), values.nbytes)
+        storage.factorize(self.assembly, copy.address, values.shape[-1], check, template, threads)
         stats = self.stats
         stats.seconds["factorize"] += perf_counter() - start
         stats.factorizations += 1
@@ -154,7 +142,7 @@ class Pool:
         if storage.refactorized and self._used:
             stats.refactorizations += 1
         self._used = True
-        factor = NumericFactor(self, self.n, storage, copy, idle, values)
+        factor = NumericFactor(self, Loan(storage, copy, idle, _KEEP_IDLE), values)
         self._latest = weakref.ref(factor)
         return factor
 
@@ -208,7 +196,7 @@ class Factor:
             return self._numeric.info()
         self._require_data()
         empty_rows = self._values.shape[-1] == 0  # the first column of a matrix without entries is singular
-        return torch.full(self._values.shape[:-1], int(empty_rows), dtype=torch.int32)
+        return torch.full(self._values.shape[:-1], int(empty_rows), dtype=torch.int32, device="cpu")
 
     @property
     def nnz(self) -> int:

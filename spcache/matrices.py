@@ -54,6 +54,8 @@ def entries_of(A: Any) -> Entries:
             raise ValueError(f"A must be two-dimensional, got shape {tuple(A.shape)}")
         shape = (A.shape[0], A.shape[1])
         if A.layout is torch.sparse_coo:
+            if A.dense_dim():
+                raise ValueError(f"A must have two sparse dimensions, got {A.sparse_dim()} and {A.dense_dim()} dense")
             A = A.coalesce()
             row, column = A.indices().cpu().numpy()
             return Entries(shape, (row, column), None, A.values())
@@ -66,7 +68,8 @@ def entries_of(A: Any) -> Entries:
         if A.ndim != 2:
             raise ValueError(f"A must be two-dimensional, got shape {A.shape}")
         coo = A.tocoo()
-        values = torch.from_numpy(np.ascontiguousarray(coo.data))
+        data = coo.data if coo.data.flags.writeable else coo.data.copy()
+        values = torch.from_numpy(np.ascontiguousarray(data))
         return Entries((int(A.shape[0]), int(A.shape[1])), (coo.row, coo.col), None, values)
     raise TypeError(f"A must be a sparse matrix of torch or SciPy, got {type(A).__name__}")
 

@@ -93,8 +93,8 @@ class Pattern:
         return entries
 
     def index_tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows and columns as int64 tensors [nnz], for torch's own gathers (older torch takes no int32 under vmap). Made
-        anew at each call: a tensor made inside a torch.func transform must not outlive it."""
+        """Rows and columns as int64 tensors [nnz], for torch's own gathers (older torch takes no int32 under vmap).
+        Made anew at each call: a tensor made inside a torch.func transform must not outlive it."""
         rows, columns = torch.from_numpy(self.rows), torch.from_numpy(self.columns)
         return rows.to(device, torch.int64), columns.to(device, torch.int64)
 
@@ -157,6 +157,8 @@ def _rows_and_columns(indices: Any, m: int, n: int) -> tuple[np.ndarray, np.ndar
     if isinstance(indices, torch.Tensor):
         if indices.layout is not torch.strided:
             raise TypeError(f"indices must be a dense (strided) tensor, got layout {indices.layout}")
+        if indices.is_meta:
+            raise TypeError("indices must have data, got a tensor on the meta device")
         indices = indices.detach().cpu().numpy()
     elif not isinstance(indices, np.ndarray):
         raise TypeError(f"indices must be a torch tensor or a NumPy array, got {type(indices).__name__}")

@@ -61,13 +61,17 @@ class PlanCache:
                 entry = build()
             except BaseException:
                 with self._lock:
-                    self._building.pop(key, None)
+                    self._built(key, building)
                 raise
             with self._lock:
                 self._entries[key] = entry
-                self._building.pop(key, None)
+                self._built(key, building)
                 self._evict()
             return entry, False
+
+    def _built(self, key: Hashable, building: threading.Lock) -> None:
+        if self._building.get(key) is building:
+            del self._building[key]
 
     def _touch(self, key: Hashable) -> Any:
         entry = self._entries.get(key)

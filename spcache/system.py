@@ -95,8 +95,10 @@ class SparseSystem:
         _choice("kind", kind, KINDS)
         _choice("triangle", triangle, (None, "lower", "upper"))
         _choice("precision", precision, ("working",))
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-            raise ValueError(f"threads must be None or a positive integer, got {threads!r}")
+        if threads is not None:
+            threads = _integer("threads", threads)
+            if not 1 <= threads <= 1024:
+                raise ValueError(f"threads must be None or between 1 and 1024, got {threads}")
         kinds = ("spd", "general") if kind == "auto" else (kind,)
         for each in kinds:
             _choice(f"ordering (with kind={kind!r})", ordering, engine_for("cpu", each).ORDERINGS)
@@ -198,14 +200,15 @@ class SparseSystem:
             info: [*P; int32] 0; k > 0, column k (counted from 1) has no pivot; -1, values or b are not finite.
 
         Raises:
-            As `solve` for arguments of the wrong shape, dtype or device; with check_errors=True for failures too.
+            As `solve` for arguments of the wrong shape, dtype or device, and for values that are not of the kind
+            (check=True); with check_errors=True for failures too.
         """
         vector = self._arguments(values, b)
         if transformed():
             raise RuntimeError("solve_ex reads its status and cannot run inside a torch.func transform; use solve")
         if values.numel() == 0 or b.numel() == 0:
             x = self._empty(values, b, vector, check_errors)
-            info = torch.zeros(x.shape[: -1 if vector else -2], dtype=torch.int32)
+            info = torch.zeros(x.shape[: -1 if vector else -2], dtype=torch.int32, device=x.device)
             return x, info + (1 if x.numel() else 0)  # no entries: the first column is singular
         numeric = self.find(values, raising=False)
         finite = torch.isfinite(b).all(-1) if vector else torch.isfinite(b).flatten(-2).all(-1)
@@ -516,13 +519,18 @@ class SparseSystem:
 def _shape(n: Any) -> tuple[int, int]:
     """(m, n) of an order or a pair."""
     pair = n if isinstance(n, tuple | list | torch.Size) else (n, n)
-    try:
-        m, n = (operator.index(i) for i in pair)
-    except (TypeError, ValueError):
-        raise TypeError(f"n must be an integer or a pair (m, n) of integers, got {n!r}") from None
+    if len(pair) != 2:
+        raise TypeError(f"n must be an integer or a pair (m, n) of integers, got {n!r}")
+    m, n = (_integer("n", i) for i in pair)
     if m < 0 or n < 0:
         raise ValueError(f"n must not be negative, got {(m, n)}")
     return m, n
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return operator.index(value)
 
 
 def _choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -58,8 +58,11 @@ cdef extern from "kernels/analysis.hpp" namespace "spcache" nogil:
         int32_t n, supernodes, largest_front
         vector[int32_t] perm, supernode_of
         vector[int64_t] position_of, panel, row
+    cdef struct Range "spcache::Schedule::Range":
+        pass
     cdef cppclass Schedule:
         Schedule(const Plan&, int) except +
+        vector[Range] subtrees
         vector[int32_t] top
         vector[int64_t] update
         int64_t own_size, shared_size
@@ -250,6 +253,7 @@ cdef class SolveWorkspace:
 cdef class Team:
     """A schedule for a number of threads, and idle workspaces for it, a list per scalar type."""
     cdef unique_ptr[Schedule] schedule
+    cdef int threads      # that find work: no more than there are subtrees
     cdef list idle        # of Workspace
     cdef list idle_solve  # of SolveWorkspace
 
@@ -289,6 +293,7 @@ cdef class Symbolic:
             team.idle, team.idle_solve = [[], [], [], []], [[], [], [], []]
             with nogil:
                 team.schedule.reset(new Schedule(self.plan.get()[0], threads))
+            team.threads = min(threads, max(1, <int> team.schedule.get().subtrees.size()))
             team = self.teams.setdefault(threads, team)
         return team
 
@@ -396,8 +401,8 @@ cdef class Storage:
         cdef Plan* plan = self.symbolic.plan.get()
         cdef int64_t itemsize = ITEMSIZE[self.dtype], size = plan.panel.back() * itemsize, e
         cdef bool failed = False
-        if a.nnz != nnz or a.groups != plan.supernodes or threads < 1:
-            raise ValueError("the assembly belongs to another plan, or the values have another length")
+        if a.nnz != nnz or a.groups != plan.supernodes or threads < 1 or (values == 0 and nnz):
+            raise ValueError("the assembly belongs to another plan, or the values have another length or no memory")
         cdef Team team = self.symbolic.team(threads)
         cdef const Schedule* schedule = team.schedule.get()
         cdef list idle = team.idle[self.dtype]
@@ -405,13 +410,14 @@ cdef class Storage:
         if idle:
             workspace = idle.pop()
         else:
-            workspace = Workspace.make(schedule, self.kernels.pack_size(plan.largest_front), itemsize, threads)
+            workspace = Workspace.make(
+                schedule, self.kernels.pack_size(plan.largest_front), itemsize, team.threads)
         with nogil:
             for e in range(self.batch):
                 self.status[e] = c_factorize(
                     self.kernels[0], self.symbolic.tree, schedule[0], a[0],
                     <const char*> values + e * nnz * itemsize, <char*> self.factor.data + e * size,
-                    workspace.scratch.data(), threads)
+                    workspace.scratch.data(), team.threads)
                 failed |= self.status[e] != 0
         self.failed = failed
         idle.append(workspace)
@@ -432,6 +438,8 @@ cdef class Storage:
         cdef const int64_t* select = <const int64_t*> factors
         if threads < 1 or (select == NULL and self.batch != 1 and count != self.batch):
             raise ValueError("threads must be positive, and count the batch where no factors are named")
+        if (b == 0 or x == 0) and count and width:
+            raise ValueError("b or x has no memory")
         if select != NULL:
             for p in range(count):
                 if not 0 <= select[p] < self.batch:
@@ -442,7 +450,7 @@ cdef class Storage:
         if idle:
             workspace = idle.pop()
         else:
-            workspace = SolveWorkspace.make(plan, self.kernels.lanes * itemsize, threads)
+            workspace = SolveWorkspace.make(plan, self.kernels.lanes * itemsize, team.threads)
         with nogil:
             for p in range(count):
                 f = select[p] if select != NULL else (p if self.batch != 1 else 0)
@@ -451,5 +459,5 @@ cdef class Storage:
                 else:
                     c_solve(self.kernels[0], self.symbolic.tree, team.schedule.get()[0],
                             <const char*> self.factor.data + f * size, <const char*> b + p * stride,
-                            <char*> x + p * stride, width, workspace.scratch.data(), threads)
+                            <char*> x + p * stride, width, workspace.scratch.data(), team.threads)
         idle.append(workspace)

@@ -4,6 +4,7 @@
 Every tensor comes as an address, its sizes beside it; the caller keeps it alive during the call.
 Scalar types are the codes 0 float32, 1 float64, 2 complex64, 3 complex128.
 """
+cimport cython
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy
@@ -55,8 +56,8 @@ cdef int64_t* data64(int64_t[::1] a) noexcept:
 def compress(int32_t[::1] rows, int32_t[::1] columns, int64_t m, int64_t n):
     """Canonical CSC (indptr, indices) of COO entries, and each entry's slot in it; O(nnz + m + n)."""
     cdef int64_t nnz = rows.shape[0], count
-    if columns.shape[0] != nnz:
-        raise ValueError("rows and columns differ in length")
+    if columns.shape[0] != nnz or nnz > 2**31 - 1:
+        raise ValueError("rows and columns differ in length, or have more than 2^31 - 1 entries together with mirror images")
     indptr_array = numpy.empty(n + 1, numpy.int64)
     indices_array = numpy.empty(nnz, numpy.int32)
     slot_array = numpy.empty(nnz, numpy.int32)
@@ -91,6 +92,10 @@ cdef class ValuesCopy:
     def __dealloc__(self):
         free(self.buffer)
 
+    @property
+    def address(self):
+        return <uintptr_t> self.buffer
+
     def keep(self, uintptr_t address, int64_t nbytes):
         if nbytes != self.nbytes or self.buffer == NULL:
             free(self.buffer)
@@ -114,6 +119,23 @@ cdef class ValuesCopy:
             with nogil:
                 result = memcmp(self.buffer, <const void*> address, nbytes) == 0
         return result
+
+
+@cython.no_gc_clear
+cdef class Loan:
+    """Storage and values copy lent to one holder; when the last reference goes, they go back to the idle list, if that
+    is not full. Weak references to the holder are dead by then: nobody can be handed what is idle already."""
+    cdef readonly object storage
+    cdef readonly ValuesCopy copy
+    cdef list idle
+    cdef int limit
+
+    def __init__(self, storage, ValuesCopy copy, list idle, int limit):
+        self.storage, self.copy, self.idle, self.limit = storage, copy, idle, limit
+
+    def __dealloc__(self):
+        if self.idle is not None and len(self.idle) < self.limit:
+            self.idle.append((self.storage, self.copy))
 
 
 cdef class Assembly:

@@ -1,8 +1,8 @@
 // Schedules of the assembly tree, and the threads that follow them.
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <queue>
-#include <system_error>
 #include <thread>
 
 #include "analysis.hpp"
@@ -128,12 +128,11 @@ void share(int count, int threads, Work work) {
     for (int i; (i = next.fetch_add(1)) < count;) work(i, thread);
   };
   std::vector<std::thread> helpers;
-  for (int thread = 1; thread < std::min(threads, count); thread++) {
-    try {
-      helpers.emplace_back(take, thread);
-    } catch (const std::system_error&) {
-      break;  // no thread to be had: the others do its work
-    }
+  try {
+    helpers.reserve(std::min(threads, count));
+    for (int thread = 1; thread < std::min(threads, count); thread++) helpers.emplace_back(take, thread);
+  } catch (const std::exception&) {
+    // no thread, or no memory for one, to be had: the others do its work
   }
   take(0);
   for (std::thread& helper : helpers) helper.join();
@@ -151,10 +150,14 @@ int64_t factorize(const Kernels& kernels, const Tree& tree, const Schedule& sche
     int64_t seen = first_failure.load();
     while (bad < seen && !first_failure.compare_exchange_weak(seen, bad)) {}
   });
-  if (first_failure != INT64_MAX) return first_failure;
-  for (int32_t s : schedule.top)
+  // Fronts above, up to the first failure: whatever is below them has a factor, and one thread would have met a failure
+  // among them first.
+  const int64_t failure = first_failure;
+  for (int32_t s : schedule.top) {
+    if (tree.first[s] >= failure) break;
     if (int64_t bad = kernels.factorize(tree, assembly, values, factor, s, s + 1, scratch[0])) return bad;
-  return 0;
+  }
+  return failure == INT64_MAX ? 0 : failure;
 }
 
 void solve(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const void* factor, const void* b, void* x,
