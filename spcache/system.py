@@ -518,10 +518,10 @@ class SparseSystem:
 
 def _shape(n: Any) -> tuple[int, int]:
     """(m, n) of an order or a pair."""
-    pair = n if isinstance(n, tuple | list | torch.Size) else (n, n)
-    if len(pair) != 2:
+    pair = tuple(n) if isinstance(n, tuple | list | torch.Size) else (n, n)
+    if len(pair) != 2 or not all(hasattr(i, "__index__") and not isinstance(i, bool) for i in pair):
         raise TypeError(f"n must be an integer or a pair (m, n) of integers, got {n!r}")
-    m, n = (_integer("n", i) for i in pair)
+    m, n = (operator.index(i) for i in pair)
     if m < 0 or n < 0:
         raise ValueError(f"n must not be negative, got {(m, n)}")
     return m, n

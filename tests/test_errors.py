@@ -66,9 +66,9 @@ WRONG_SYSTEMS = [
     (INDICES, 3, {"kind": "spd", "ordering": "colamd"}, ValueError, r"ordering \(with kind='spd'\) must be one of .*'metis'.* got 'colamd'"),
     (INDICES, 3, {"kind": "general", "ordering": "metis"}, ValueError, r"ordering \(with kind='general'\) must be one of .*'colamd'.* got 'metis'"),
     (INDICES, 3, {"ordering": "metis"}, ValueError, r"ordering \(with kind='auto'\) must be one of .* got 'metis'"),
-    (INDICES, 3, {"threads": 0}, ValueError, "threads must be None or a positive integer, got 0"),
-    (INDICES, 3, {"threads": 1.5}, ValueError, "threads must be None or a positive integer, got 1.5"),
-    (INDICES, 3, {"threads": True}, ValueError, "threads must be None or a positive integer, got True"),
+    (INDICES, 3, {"threads": 0}, ValueError, "threads must be None or between 1 and 1024, got 0"),
+    (INDICES, 3, {"threads": 1.5}, TypeError, "threads must be an integer, got 1.5"),
+    (INDICES, 3, {"threads": True}, TypeError, "threads must be an integer, got True"),
     (INDICES, 3, {"precision": "double"}, ValueError, "precision must be one of 'working', got 'double'"),
     # structure
     (with_entry(2, 0), 3, {"kind": "spd"}, ValueError, r"kind='spd' needs both triangles in indices: entry 5 = \(2, 0\) has no partner \(0, 2\).*triangle='lower'"),
