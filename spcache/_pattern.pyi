@@ -54,3 +54,18 @@ class Entries:
         mirror: int,
         one_triangle: bool,
     ) -> None: ...
+    def matvec(
+        self,
+        values: int,
+        stride: int,
+        x: int,
+        n: int,
+        y: int,
+        m: int,
+        batch: int,
+        width: int,
+        dtype: int,
+        mirror: int,
+        one_triangle: bool,
+        adjoint: bool,
+    ) -> None: ...

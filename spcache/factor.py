@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ._pattern import Assembly, Loan, ValuesCopy
-from .autograd import plain
 from .engines.protocol import DTYPE_CODES, Failure, Storage, SymbolicFactor
+from .handles import factor_handle
+from .library import MODIFIED, is_vector, traced_solve
+from .memory import plain
 from .stats import Stats
+
+if TYPE_CHECKING:
+    from .factorizer import Factorizer
 
 __all__ = ["Factor", "NumericFactor", "Pool", "describe"]
 
@@ -178,11 +183,16 @@ class Factor:
         nnz: stored entries of one factor.
     """
 
-    def __init__(self, solve: Callable[..., Tensor], numeric: NumericFactor | None, values: Tensor):
-        self._solve = solve
+    def __init__(self, factorizer: Factorizer, system: Tensor, numeric: NumericFactor | None, values: Tensor):
+        self._factorizer = factorizer
+        self._system = system
         self._numeric = numeric
+        self._handle = None if numeric is None else factor_handle(numeric)
         self._values = values
-        self._version = None if values.is_inference() else values._version
+        self._keep_factor = factorizer.keep_factor
+        self._version: int | None = None
+        if numeric is not None and not values.is_inference():
+            self._version = values._version
 
     def __repr__(self) -> str:
         if self._numeric is None:
@@ -207,7 +217,9 @@ class Factor:
 
     def _require_data(self) -> None:
         if self._values.numel():
-            raise RuntimeError("inside a torch.func transform a factor has no data to look at; ask outside of it")
+            raise RuntimeError(
+                "inside a torch.func transform or torch.compile a factor has no data to look at; ask outside of it"
+            )
 
     def solve(self, b: Tensor, *, adjoint: bool = False) -> Tensor:
         """x = A^-1 b, with adjoint=True x = A^-H b. Shapes, errors and gradients as `SparseSystem.solve`.
@@ -217,12 +229,14 @@ class Factor:
         Raises:
             RuntimeError: the values were changed in place after `factorize`.
         """
-        if self._version is not None and self._values._version != self._version:
-            raise RuntimeError(
-                "values were modified in place after factorize(): this factor belongs to the old ones. "
-                "Factorize again, or factorize a clone"
+        values = self._values
+        if torch.compiler.is_compiling():
+            return traced_solve(
+                self._system, self._handle, values, b, is_vector(values, b), bool(adjoint), self._keep_factor
             )
-        return self._solve(self._values, b, adjoint, self._numeric)
+        if self._version is not None and values._version != self._version:
+            raise RuntimeError(MODIFIED)
+        return self._factorizer.solve(values, b, bool(adjoint), self._numeric)
 
 
 def describe(failure: Failure, kind: str) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .matrices import MatrixKey, entries_of
+from .handles import system_handle
+from .library import is_vector, traced_solve
+from .matrices import Entries, MatrixKey, entries_of
 from .plans import plan_cache
 from .system import SparseSystem
 
@@ -21,12 +24,15 @@ def solve(A: Any, b: Tensor, *, kind: str = "auto") -> Tensor:
     saves the search, which is O(nnz).
 
     Args:
-        A: [n, n] torch sparse COO, CSR or CSC, or SciPy; float32, float64, complex64 or complex128.
-        b: [n] or [n, k], same dtype.
+        A: [n, n] torch sparse COO, CSR or CSC, or SciPy; float32, float64, complex64 or complex128. Or a pair (indices,
+            values) as `SparseSystem` takes them, [2, nnz] and [*B, nnz]; the only form for code under
+            `torch.compile`, which refuses sparse tensors.
+        b: [n] or [n, k], same dtype; with a pair as in `SparseSystem.solve`.
         kind: as in `SparseSystem`.
 
     Returns:
-        x of the shape of b. The gradient of A is sparse, in A's layout, at A's stored entries.
+        x of the shape of b. The gradient of A is sparse, in A's layout, at A's stored entries; with a pair, it is that
+        of the values.
 
     Raises:
         As `SparseSystem` and `SparseSystem.solve`; ValueError where A is not square.
@@ -37,15 +43,49 @@ def solve(A: Any, b: Tensor, *, kind: str = "auto") -> Tensor:
         >>> spcache.solve(A, torch.tensor([5.0, 4.0]))
         tensor([1., 1.])
     """
+    if isinstance(A, tuple):
+        if len(A) != 2 or not all(isinstance(t, Tensor) for t in (*A, b)):
+            raise TypeError("A must be a sparse matrix or a pair (indices, values) of tensors, and b a tensor")
+        indices, values = A
+        vector = is_vector(values, b)
+        if b.dim() < 1:
+            raise ValueError("b must have at least one dimension, got a scalar")
+        n = b.shape[-1 if vector else -2]
+        if torch.compiler.is_compiling():
+            return traced_solve(_system(indices, n, kind), None, values, b, vector, False, True)
+        return _find(indices, n, kind).solve(values, b)
     entries = entries_of(A)
     m, n = entries.shape
     if m != n:
         raise ValueError(f"A must be square, got shape {entries.shape}")
+    return _cached(entries, kind).solve(entries.values, b)
+
+
+def _cached(entries: Entries, kind: str) -> SparseSystem:
+    """The system of a square matrix."""
     key = MatrixKey(entries, (kind,))
 
     def build() -> SparseSystem:
         key.own()
-        return SparseSystem(entries.indices(), n, kind=kind)
+        return SparseSystem(entries.indices(), entries.shape, kind=kind)
 
-    system, _ = plan_cache.find(key, build)
-    return system.solve(entries.values, b)
+    return plan_cache.find(key, build)[0]
+
+
+def _find(indices: Tensor, n: int, kind: str) -> SparseSystem:
+    """The system of a pair's indices."""
+    if indices.layout is not torch.strided or indices.dim() != 2 or indices.shape[0] != 2:
+        raise ValueError(f"indices must be a dense tensor of shape (2, nnz), got {tuple(indices.shape)}")
+    row, column = indices.detach().cpu().numpy()
+    return _cached(Entries((n, n), (row, column), None, indices), kind)
+
+
+@torch.library.custom_op("spcache::system", mutates_args=(), schema="(Tensor indices, SymInt n, str kind) -> Tensor")
+def _system(indices: Tensor, n: int, kind: str) -> Tensor:
+    """The handle of a system in the plan cache."""
+    return system_handle(_find(indices, n, kind)._factorizer)
+
+
+@_system.register_fake
+def _(indices: Tensor, n: int, kind: str) -> Tensor:
+    return torch.empty(1, dtype=torch.int64, device="cpu")

@@ -1,5 +1,5 @@
 # distutils: language = c++
-"""Native parts of `spcache.pattern`: canonical order, assembly maps, symmetry, the gradient's gather.
+"""Native parts of `spcache.pattern`: canonical order, assembly maps, symmetry, products with the matrix and the gradient's gather.
 
 Every tensor comes as an address, its sizes beside it; the caller keeps it alive during the call.
 Scalar types are the codes 0 float32, 1 float64, 2 complex64, 3 complex128.
@@ -43,6 +43,7 @@ cdef extern from "kernels/pattern.hpp" namespace "spcache" nogil:
     void c_asymmetry "spcache::asymmetry"[T](const CPairs&, bool, const T*, double*, double*)
     bool c_positive_hermitian "spcache::positive_hermitian"[T](const CPairs&, double, const T*)
     void gather_outer[T](int64_t, const int32_t*, const int32_t*, Mirror, bool, int64_t, const T*, const T*, T*)
+    void apply_entries[T](int64_t, const int32_t*, const int32_t*, Mirror, bool, bool, int64_t, const T*, const T*, T*)
 
 
 cdef int32_t* data32(int32_t[::1] a) noexcept:
@@ -189,7 +190,7 @@ cdef class Assembly:
 
 
 cdef class Entries:
-    """The caller's COO entries: the gradient's gather and the symmetry tests run over them.
+    """The caller's COO entries: products, the gradient's gather and the symmetry tests run over them.
 
     Args:
         rows, columns: the COO indices, in the caller's order. Kept, not copied.
@@ -297,3 +298,28 @@ cdef class Entries:
                 else:
                     gather_outer[c128](nnz, row, column, <Mirror> mirror, one_triangle, width,
                                        <c128*> u + e * m * width, <c128*> w + e * n * width, <c128*> out + e * nnz)
+
+    def matvec(self, uintptr_t values, int64_t stride, uintptr_t x, int64_t n, uintptr_t y, int64_t m, int64_t batch,
+               int64_t width, int dtype, int mirror, bool one_triangle, bool adjoint):
+        """y[b] += S(values[b]) x[b], adjoint: S^H, in the convention of `mirror`; x is [batch, n, width], y is
+        [batch, m, width], and values[b] lies `stride` numbers after values[b - 1]."""
+        cdef int64_t nnz = self.rows.shape[0], e
+        cdef const int32_t* row = data32(self.rows)
+        cdef const int32_t* column = data32(self.columns)
+        with nogil:
+            for e in range(batch):
+                if dtype == 0:
+                    apply_entries[float](nnz, row, column, <Mirror> mirror, one_triangle, adjoint, width,
+                                         <float*> values + e * stride, <float*> x + e * n * width,
+                                         <float*> y + e * m * width)
+                elif dtype == 1:
+                    apply_entries[double](nnz, row, column, <Mirror> mirror, one_triangle, adjoint, width,
+                                          <double*> values + e * stride, <double*> x + e * n * width,
+                                          <double*> y + e * m * width)
+                elif dtype == 2:
+                    apply_entries[c64](nnz, row, column, <Mirror> mirror, one_triangle, adjoint, width,
+                                       <c64*> values + e * stride, <c64*> x + e * n * width, <c64*> y + e * m * width)
+                else:
+                    apply_entries[c128](nnz, row, column, <Mirror> mirror, one_triangle, adjoint, width,
+                                        <c128*> values + e * stride, <c128*> x + e * n * width,
+                                        <c128*> y + e * m * width)

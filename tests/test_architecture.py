@@ -18,19 +18,22 @@ LEVELS = [
     ["__init__"],
     ["compat", "functional"],
     ["system", "_operators", "_lstsq", "_matmul", "_triangular"],
+    ["factorizer"],
     ["factor"],
+    ["library"],
     ["iterative", "autograd"],
-    ["plans", "stats", "matrices"],
+    ["plans", "stats", "matrices", "handles"],
+    ["convention"],
     ["pattern"],
     ["engines"],
     ["engines.multifrontal", "engines.klu", "engines.cudss"],
-    ["engines.protocol", "_pattern", "engines._multifrontal", "engines._klu"],
+    ["memory", "engines.protocol", "_pattern", "engines._multifrontal", "engines._klu"],
     ["errors"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 NATIVE = {  # module -> who may import it
-    "_pattern": ["pattern", "system", "factor", "engines.klu", "engines.multifrontal"],
+    "_pattern": ["pattern", "factorizer", "factor", "engines.klu", "engines.multifrontal"],
     "engines._klu": ["engines.klu"],
     "engines._multifrontal": ["engines.multifrontal"],
 }
@@ -108,12 +111,11 @@ def test_native_sources_know_nothing_of_the_package():
 
 
 def test_derivatives_are_in_one_file():
-    """autograd.py is the only file with autograd Functions and library ops."""
+    """autograd.py is the only file with autograd Functions; library operators may be elsewhere, and get theirs there."""
     for path in MODULES:
         classes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ClassDef)]
         functions = [c.name for c in classes if any(ast.unparse(b).endswith("Function") for b in c.bases)]
-        uses_ops = "torch.library" in path.read_text()
-        assert path.name == "autograd.py" or not (functions or uses_ops), f"{path.name}: {functions}"
+        assert path.name == "autograd.py" or not functions, f"{path.name}: {functions}"
 
 
 def test_the_only_global_state_is_the_plan_cache():

@@ -65,7 +65,7 @@ def test_pickle(case):
     for other in (fresh, pickle.loads(pickle.dumps(system))):
         assert torch.equal(other.solve(problem.values, b), x)
         assert repr(other) == repr(system) and other.shape == system.shape
-        assert other._options == system._options and other.stats.factorizations == 1
+        assert other._factorizer.options == system._factorizer.options and other.stats.factorizations == 1
 
 
 @pytest.mark.parametrize("ordering", ["auto", "metis", "natural"])

@@ -157,4 +157,30 @@ inline void gather_outer(int64_t nnz, const int32_t* row, const int32_t* column,
   }
 }
 
+// y += S x, or S^H x where adjoint, in the convention of the kind; x and y have `width` columns.
+template <class T>
+inline void apply_entries(int64_t nnz, const int32_t* row, const int32_t* column, Mirror mirror, bool one_triangle,
+                          bool adjoint, int64_t width, const T* values, const T* x, T* y) {
+  auto add = [=](int64_t i, int64_t j, T a) {
+    T* to = y + i * width;
+    const T* from = x + j * width;
+    for (int64_t r = 0; r < width; r++) to[r] += a * from[r];
+  };
+  if (mirror == NONE) {
+    for (int64_t k = 0; k < nnz; k++)
+      if (adjoint)
+        add(column[k], row[k], conj(values[k]));
+      else
+        add(row[k], column[k], values[k]);
+    return;
+  }
+  for (int64_t k = 0; k < nnz; k++) {  // S^H is S where mirroring conjugates, else conj(S)
+    int64_t i = row[k], j = column[k];
+    T a = adjoint && mirror == TRANSPOSED ? conj(values[k]) : values[k];
+    if (!one_triangle || i == j) a = Real<T>(0.5) * a;
+    add(i, j, a);
+    add(j, i, mirror == CONJUGATED ? conj(a) : a);
+  }
+}
+
 }  // namespace spcache

@@ -1,0 +1,72 @@
+"""`Convention`: how stored values make up the matrix, in the two products that this takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .engines.protocol import DTYPE_CODES
+from .memory import plain
+from .pattern import Pattern
+
+__all__ = ["CONJUGATED", "NONE", "TRANSPOSED", "Convention"]
+
+NONE, TRANSPOSED, CONJUGATED = 0, 1, 2  # how an entry is mirrored across the diagonal; as in kernels/pattern.hpp
+
+
+@dataclass(frozen=True)
+class Convention:
+    """S is linear in the stored values v: entry k at (i, j) adds
+
+        general                 v_k E_ij
+        symmetric, hermitian    w_k (v_k E_ij + v~_k E_ji),   v~ = v or conj(v),
+
+    with w_k = 1/2, except 1 off the diagonal where only one triangle is stored.
+
+    Both products run native code on tensors that have memory, and know nothing of derivatives; cost O(nnz k).
+
+    Attributes:
+        pattern: where the values stand.
+        mirror: NONE, TRANSPOSED or CONJUGATED.
+        one_triangle: only one triangle is stored, and mirrored.
+    """
+
+    pattern: Pattern
+    mirror: int
+    one_triangle: bool
+
+    def outer(self, u: Tensor, w: Tensor, vector: bool = False) -> Tensor:
+        """Gradient at the stored values of the gradient G = -u w^H at S: G_ij, or w_k (G_ij + G~_ji).
+
+        u is [*P, m, k] and w [*P, n, k], without k if vector; the result is [*P, nnz]."""
+        u, w = plain(u), plain(w)
+        batch = u.shape[:-1] if vector else u.shape[:-2]
+        out = torch.empty((*batch, self.pattern.nnz), dtype=u.dtype, device=u.device)
+        width = 1 if vector else u.shape[-1]
+        if width == 0:
+            return out.zero_()
+        if out.numel():
+            self.pattern.entries.outer(
+                u.data_ptr(), w.data_ptr(), out.data_ptr(), math.prod(batch), self.pattern.m, self.pattern.n, width,
+                DTYPE_CODES[u.dtype], self.mirror, self.one_triangle,
+            )  # fmt: skip
+        return out
+
+    def matvec(self, values: Tensor, x: Tensor, adjoint: bool) -> Tensor:
+        """S x, or S^H x; values [*B, nnz] and x [*P, n, k] broadcast."""
+        size = self.pattern.n if adjoint else self.pattern.m
+        batch = torch.broadcast_shapes(values.shape[:-1], x.shape[:-2])
+        stride = 0
+        if values.dim() > 1:
+            values, stride = values.expand(*batch, values.shape[-1]), values.shape[-1]
+        values, x = plain(values), plain(x.expand(*batch, *x.shape[-2:]))
+        y = torch.zeros((*batch, size, x.shape[-1]), dtype=x.dtype, device=x.device)
+        if y.numel() and values.numel():
+            self.pattern.entries.matvec(
+                values.data_ptr(), stride, x.data_ptr(), x.shape[-2], y.data_ptr(), size, math.prod(batch),
+                x.shape[-1], DTYPE_CODES[x.dtype], self.mirror, self.one_triangle, adjoint,
+            )  # fmt: skip
+        return y

@@ -1,0 +1,377 @@
+"""`Factorizer`: what stands behind a `SparseSystem`. Checks arguments, finds the factor of given values or makes it,
+and has all that autograd asks for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from time import perf_counter
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import autograd
+from ._pattern import all_finite
+from .autograd import silence, transformed
+from .convention import CONJUGATED, NONE, TRANSPOSED, Convention
+from .engines import DTYPE_CODES, engine_for
+from .errors import EngineUnavailableError, NotPositiveDefiniteError, SingularMatrixError
+from .factor import NumericFactor, Pool, describe
+from .memory import plain
+from .pattern import Contributions, Pattern
+from .plans import plan_cache
+from .stats import Stats
+
+__all__ = ["Factorizer"]
+
+# Values further from symmetric than this share of the largest entry are not what the kind says.
+_ASYMMETRY = 1e-4
+
+# kind -> (name, permutation): orderings that need not be computed again
+Orderings = dict[str, tuple[str, np.ndarray]]
+
+
+class Factorizer:
+    """A pattern, the plans made of it, and the factor of the latest values. It is a `Source` of autograd.py.
+
+    Separate from `SparseSystem`, because a graph holds this and must not hold the system: a system owns its handle,
+    and the handle what stands behind the system.
+
+    Args:
+        pattern, options: those of the system; options are not validated again.
+        orderings: found by an earlier system of the same pattern.
+    """
+
+    def __init__(self, pattern: Pattern, options: dict[str, Any], orderings: Orderings | None = None):
+        self.pattern = pattern
+        self.options = options
+        self.orderings = orderings or {}
+        self.stats = Stats(nnz=pattern.nnz)
+        self.keep_factor: bool = options["keep_factor"]
+        self._kind: str = options["kind"]
+        self._check: bool = options["check"]
+        self._pools: dict[str, Pool] = {}
+        self._held: NumericFactor | None = None
+        mirror = {"spd": CONJUGATED, "hermitian": CONJUGATED, "symmetric": TRANSPOSED}.get(self._kind, NONE)
+        self.convention = Convention(pattern, mirror, options["triangle"] is not None)
+
+    def copy(self) -> Factorizer:
+        """Shares the pattern and the plans; counters and factors start anew."""
+        new = Factorizer(self.pattern, self.options, self.orderings)
+        for kind, pool in list(self._pools.items()):
+            new._pools[kind] = Pool(pool.n, pool.plan, pool.assembly, new.stats, pool.threads)
+        return new
+
+    def found_orderings(self) -> Orderings:
+        plans = {kind: pool.plan for kind, pool in list(self._pools.items())}
+        return self.orderings | {
+            kind: (p.ordering, p.permutation) for kind, p in plans.items() if p.permutation is not None
+        }
+
+    @property
+    def nbytes(self) -> int:
+        held = self._held
+        pools = list(self._pools.values())
+        return (
+            self.pattern.nbytes
+            + sum(p.nbytes + p.plan.nbytes + p.assembly.nbytes for p in pools)
+            + (held.nbytes if held is not None else 0)
+        )
+
+    def clear(self) -> None:
+        self._held = None
+        self.trim()
+
+    def trim(self) -> None:
+        for pool in list(self._pools.values()):
+            pool.trim()
+
+    # --- what the user asks for, arguments checked ---------------------------------------------------------------
+
+    def solve(self, values: Tensor, b: Tensor, adjoint: bool, numeric: NumericFactor | None = None) -> Tensor:
+        """`SparseSystem.solve`; numeric: the factor of values, where the caller has it."""
+        vector = self.check_arguments(values, b)
+        if values.numel() == 0 or b.numel() == 0:
+            return self.empty(values, b, vector, self._check)
+        if numeric is None and not transformed():
+            numeric = self.find(values)
+        return autograd.solve(self, numeric, values, b, vector, adjoint, None, self._check)
+
+    def solve_ex(self, values: Tensor, b: Tensor, check_errors: bool) -> tuple[Tensor, Tensor]:
+        """`SparseSystem.solve_ex`."""
+        vector = self.check_arguments(values, b)
+        if transformed():
+            raise RuntimeError("solve_ex reads its status and cannot run inside a torch.func transform; use solve")
+        if values.numel() == 0 or b.numel() == 0:
+            x = self.empty(values, b, vector, check_errors)
+            info = torch.zeros(x.shape[: -1 if vector else -2], dtype=torch.int32, device=x.device)
+            return x, info + (1 if x.numel() else 0)  # no entries: the first column is singular
+        numeric = self.find(values, raising=False)
+        finite = torch.isfinite(b).all(-1) if vector else torch.isfinite(b).flatten(-2).all(-1)
+        info, finite = torch.broadcast_tensors(numeric.info(), finite)
+        info = info.masked_fill(~finite, -1)
+        failed = info != 0
+        if check_errors and failed.any():
+            self.require_finite("values", values)
+            self.require_finite("b", b)
+            self._raise(numeric)
+        return autograd.solve(self, numeric, values, b, vector, False, failed if failed.any() else None), info
+
+    def factorize(self, values: Tensor) -> NumericFactor | None:
+        """The factor of values; None where there is nothing to factorize, or under a transform."""
+        self.check_values(values)
+        if values.numel() == 0:
+            self._refuse_no_entries(values.shape[:-1], self._check)
+        return None if transformed() or values.numel() == 0 else self.find(values)
+
+    def matmul(self, values: Tensor, x: Tensor, adjoint: bool) -> Tensor:
+        """`SparseSystem.matmul`."""
+        vector = self.check_product(values, x, None, adjoint)
+        size = self.pattern.n if adjoint else self.pattern.m
+        return autograd.matmul(self, values, x, vector, adjoint, size)
+
+    # --- what autograd asks for ----------------------------------------------------------------------------------
+
+    def find(self, values: Tensor, raising: bool | None = None) -> NumericFactor:
+        """The factor of values that can be read: the one held, if they are equal bit by bit, or a new one.
+
+        Args:
+            raising: raise where values are not finite or a matrix has no factor; None: if this system checks.
+        """
+        raising = self._check if raising is None else raising
+        values = plain(values.detach())
+        held = self._held
+        if held is not None and held.same_values(values):
+            self.stats.reuses += 1
+            if raising and not held.finite:
+                self.require_finite("values", values)
+        else:
+            if raising:
+                self.require_finite("values", values)
+            if self._check and self.convention.mirror != NONE and not self.convention.one_triangle:
+                self._require_symmetric(values)
+            self._held = held = None  # its storage goes back to the pool before new storage is lent
+            held = self._factorize(values)
+            held.finite = raising
+            if self.keep_factor:
+                self._held = held
+        if raising and held.failures is not None:
+            self._held = None
+            self._raise(held)
+        return held
+
+    def recall(self, memo: list[NumericFactor], values: Tensor, b: Tensor) -> NumericFactor:
+        """The factor of values from memo, by exact comparison, or found and put there."""
+        values = plain(values.detach())
+        numeric = next((f for f in memo if f.same_values(values)), None)
+        if numeric is None:
+            numeric = self.find(values)
+            if self.keep_factor:
+                memo.append(numeric)
+        return numeric
+
+    def run(
+        self, factor: NumericFactor, values: Tensor, b: Tensor, adjoint: bool, check: bool, cotangent: bool
+    ) -> Tensor:
+        if check and self._check:
+            self.require_finite("b", b)
+        x = factor.solve(b, False, adjoint)
+        if factor.failed is not None and cotangent:
+            x = silence(x, b.expand(x.shape), factor.failed, False)
+        return x
+
+    def outer(self, u: Tensor, w: Tensor, nnz: int) -> Tensor:
+        return self.convention.outer(u, w)
+
+    def matvec(self, values: Tensor, x: Tensor, adjoint: bool, size: int) -> Tensor:
+        return self.convention.matvec(values, x, adjoint)
+
+    def _factorize(self, values: Tensor) -> NumericFactor:
+        if self._kind != "auto":
+            return self._pool(self._kind).factorize(values, self._check)
+        if self._looks_positive(values):
+            numeric = self._pool("spd").factorize(values, self._check)
+            if numeric.failures is None:
+                return numeric
+            del numeric
+        return self._pool("general").factorize(values, self._check)
+
+    def _pool(self, kind: str) -> Pool:
+        """The pool that serves a kind other than "auto"; its plan comes from the plan cache or is analyzed now."""
+        pool = self._pools.get(kind)
+        if pool is None:
+            start = perf_counter()
+            engine, contributions = engine_for("cpu", kind), self._contributions(kind)
+            ordering = self.options["ordering"]
+
+            def analyze() -> Any:
+                return engine.analyze(contributions.structure, *self.orderings.get(kind, (ordering,)))
+
+            plan, found = plan_cache.find((engine.__name__, contributions.structure, ordering), analyze)
+            averaged = self.convention.mirror != NONE or kind == "spd"
+            one_triangle = self.convention.one_triangle
+            assembly = plan.assembly(
+                self.pattern.nnz, contributions.slots, contributions.sources, contributions.roles,
+                0.5 if averaged and not one_triangle else 1.0, kind in ("spd", "hermitian"),
+            )  # fmt: skip
+            pool = self._pools.setdefault(
+                kind, Pool(self.pattern.n, plan, assembly, self.stats, self.options["threads"])
+            )
+            self.stats.analyses += not found
+            self.stats.seconds["analyze"] += perf_counter() - start
+        stats, plan = self.stats, pool.plan
+        stats.engine, stats.ordering, stats.nnz_factor, stats.flops = plan.engine, plan.ordering, plan.nnz, plan.flops
+        return pool
+
+    def _contributions(self, kind: str) -> Contributions:
+        if kind == "spd":
+            return self.pattern.lower
+        return self.pattern.stored if kind == "general" else self.pattern.mirrored
+
+    # --- checks --------------------------------------------------------------------------------------------------
+
+    def require_finite(self, name: str, t: Tensor) -> None:
+        t = plain(t.detach())
+        if all_finite(t.data_ptr(), t.numel(), DTYPE_CODES[t.dtype]):
+            return
+        first = tuple((~torch.isfinite(t)).nonzero()[0].tolist())
+        raise ValueError(
+            f"{name} must be finite, got {t[first].item()} at {name}{list(first)} "
+            f"(check=False lets it pass, solve_ex reports it)"
+        )
+
+    def _require_symmetric(self, values: Tensor) -> None:
+        """Values whose triangles agree, as the kind says."""
+        for e, (address, dtype) in enumerate(_matrices(values)):
+            difference, largest = self.pattern.paired.asymmetry(
+                address, self.pattern.nnz, dtype, self.convention.mirror == CONJUGATED
+            )
+            if difference > _ASYMMETRY * largest:
+                what = "Hermitian" if self.convention.mirror == CONJUGATED and values.is_complex() else "symmetric"
+                where = _where(_batch_index(e, values.shape[:-1]))
+                raise ValueError(
+                    f"values are not {what}{where}: entries (i, j) and (j, i) differ by up to {difference:.3g}, the "
+                    f"largest entry is {largest:.3g}; kind={self._kind!r} allows {_ASYMMETRY:g} of it. "
+                    "Use kind='general'"
+                )
+
+    def _looks_positive(self, values: Tensor) -> bool:
+        """Whether every matrix of the batch is Hermitian to rounding with a positive diagonal."""
+        if self.pattern.m != self.pattern.n:
+            return False
+        tolerance = 16 * torch.finfo(values.dtype).eps
+        return all(
+            self.pattern.paired.positive_hermitian(address, self.pattern.nnz, dtype, tolerance)
+            for address, dtype in _matrices(values)
+        )
+
+    def _raise(self, numeric: NumericFactor) -> NoReturn:
+        assert numeric.failures is not None
+        e, failure = next((e, f) for e, f in enumerate(numeric.failures) if f is not None)
+        batch = _batch_index(e, numeric.batch_shape)
+        error = NotPositiveDefiniteError if failure.reason == "not positive definite" else SingularMatrixError
+        raise error(describe(failure, self._kind) + _where(batch), failure.column, batch)
+
+    def check_values(self, values: Tensor) -> None:
+        if not isinstance(values, Tensor):
+            raise TypeError(f"values must be a torch.Tensor, got {type(values).__name__}")
+        if values.dtype not in DTYPE_CODES:
+            raise TypeError(f"values must be float32, float64, complex64 or complex128, got {values.dtype}")
+        if values.layout is not torch.strided:
+            raise TypeError(
+                f"values must be a dense vector of entries, got layout {values.layout}; "
+                "SparseSystem.from_matrix and system.values_of take a sparse matrix"
+            )
+        if values.dim() < 1 or values.shape[-1] != self.pattern.nnz:
+            raise ValueError(
+                f"values must have shape (*batch, {self.pattern.nnz}), one number per column of indices, "
+                f"got {tuple(values.shape)}"
+            )
+        if not values.is_cpu:
+            raise EngineUnavailableError(
+                f"values are on {values.device}: this version of spcache has engines for the CPU only; "
+                "move values and b there with .cpu()"
+            )
+
+    def check_product(self, values: Tensor, x: Tensor, vector: bool | None, adjoint: bool) -> bool:
+        """Checks the arguments of a product; as `check_arguments`."""
+        return self.check_arguments(values, x, "x", self.pattern.m if adjoint else self.pattern.n, vector)
+
+    def check_arguments(
+        self, values: Tensor, b: Tensor, name: str = "b", length: int | None = None, vector: bool | None = None
+    ) -> bool:
+        """Checks both arguments; True where b holds vectors, which its rank says unless the caller does."""
+        self.check_values(values)
+        if not isinstance(b, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(b).__name__}")
+        if b.dtype != values.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of values, {values.dtype}, got {b.dtype}; "
+                f"convert it: {name}.to(values.dtype)"
+            )
+        if b.layout is not torch.strided or not b.is_cpu:
+            raise TypeError(
+                f"{name} must be a dense tensor on the device of values, got layout {b.layout} on {b.device}"
+            )
+        if length is None:
+            length = self.pattern.m
+            if length != self.pattern.n:
+                raise ValueError(
+                    f"solve needs a square matrix, this system has shape {(self.pattern.m, self.pattern.n)}; "
+                    "only matmul is defined for it"
+                )
+        dims, batch = b.dim(), values.dim() - 1
+        if vector is None:
+            vector = dims == values.dim() or dims == 1
+            fits = vector or dims > values.dim()
+        else:  # with one vector for all values already made a matrix
+            fits = dims >= 2 - vector
+        own = 1 if vector else 2
+        if not fits or b.shape[-own] != length:
+            raise ValueError(_shapes_message(name, values, b, length))
+        if batch and b.shape[:-own] != values.shape[:-1]:
+            try:
+                torch.broadcast_shapes(b.shape[:-own], values.shape[:-1])
+            except RuntimeError:
+                raise ValueError(_shapes_message(name, values, b, length)) from None
+        return vector
+
+    def empty(self, values: Tensor, b: Tensor, vector: bool, raising: bool) -> Tensor:
+        """The solution where the system, the batch, b, or the values are empty; connected to values and b."""
+        own = 1 if vector else 2
+        lead = torch.broadcast_shapes(b.shape[:-own], values.shape[:-1])
+        x = b.new_zeros(*lead, *b.shape[-own:]) + 0 * (b.sum() + values.sum())
+        if x.numel() == 0:
+            return x
+        self._refuse_no_entries(lead, raising)  # neither b nor the batch is empty
+        return x + torch.nan
+
+    def _refuse_no_entries(self, batch: torch.Size, raising: bool) -> None:
+        if raising and self.pattern.n and math.prod(batch):
+            raise SingularMatrixError("the matrix has no entries (nnz = 0): structurally singular at column 0", 0)
+
+
+def _matrices(values: Tensor) -> Iterator[tuple[int, int]]:
+    """Address and scalar type of each matrix of a contiguous batch."""
+    dtype, stride = DTYPE_CODES[values.dtype], values.shape[-1] * values.element_size()
+    for e in range(math.prod(values.shape[:-1])):
+        yield values.data_ptr() + e * stride, dtype
+
+
+def _batch_index(e: int, batch_shape: torch.Size) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.unravel_index(e, batch_shape)) if batch_shape else ()
+
+
+def _where(batch: tuple[int, ...]) -> str:
+    return f" (batch element {batch})" if batch else ""
+
+
+def _shapes_message(name: str, values: Tensor, b: Tensor, length: int) -> str:
+    batch = tuple(values.shape[:-1])
+    return (
+        f"{name} of shape {tuple(b.shape)} does not fit values of shape {tuple(values.shape)}: expected "
+        f"({length},) or {(*batch, length)} for vectors, (*{list(batch)}, {length}, k) for matrices; with as many "
+        f"dimensions as values {name} holds vectors, with more it holds matrices"
+    )
