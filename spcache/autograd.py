@@ -73,6 +73,10 @@ class Source(Protocol):
     convention: Convention
 
     @property
+    def checks(self) -> bool:
+        """Whether a factorization that failed raises, so that every x has a factor behind it."""
+
+    @property
     def keep_factor(self) -> bool:
         """Whether a node may hold on to its factor."""
 
@@ -82,12 +86,14 @@ class Source(Protocol):
     def recall(self, memo: list[Any], values: Tensor, b: Tensor) -> Any:
         """The factor of values, from memo or found; b is what it is needed for."""
 
-    def run(self, factor: Any, values: Tensor, b: Tensor, adjoint: bool, check: bool, cotangent: bool) -> Tensor:
-        """S^-1 b or S^-H b by what `recall` returned; b is [*P, n, k]. With check, b must be finite. With cotangent, b
-        is an incoming gradient and what failed is silenced (see `silence`)."""
+    def run(
+        self, factor: Any, values: Tensor, b: Tensor, vector: bool, adjoint: bool, check: bool, cotangent: bool
+    ) -> Tensor:
+        """S^-1 b or S^-H b by what `recall` returned; b is [*P, n] if vector, else [*P, n, k]. With check, b must be
+        finite. With cotangent, b is an incoming gradient and what failed is silenced (see `silence`)."""
 
-    def outer(self, u: Tensor, w: Tensor, nnz: int) -> Tensor:
-        """-L*(u w^H), [*P, nnz]; u is [*P, m, k], w is [*P, n, k]."""
+    def outer(self, u: Tensor, w: Tensor, vector: bool, nnz: int) -> Tensor:
+        """-L*(u w^H), [*P, nnz]; u is [*P, m, k] and w [*P, n, k], without k if vector."""
 
     def matvec(self, values: Tensor, x: Tensor, adjoint: bool, size: int) -> Tensor:
         """L(values) x or L(values)^H x, [*P, size, k]; values [*B, nnz] and x [*P, n, k] broadcast."""
@@ -109,9 +115,8 @@ def solve(
         check: refuse a b that is not finite (incoming gradients and tangents are never checked).
     """
     if transformed():
-        b = b.unsqueeze(-1) if vector else b
-        x = Solve.apply(values, b, source, [] if numeric is None else [numeric], adjoint, check, False)
-        return x.squeeze(-1) if vector else x
+        memo = _Memo() if numeric is None else _Memo([numeric])
+        return Solve.apply(values, b, source, memo, vector, adjoint, check, False)
     assert numeric is not None
     if check:
         source.require_finite("b", b)
@@ -139,9 +144,14 @@ def _like_solution(mask: Tensor, vector: bool) -> Tensor:
     return mask.unsqueeze(-1) if vector else mask[..., None, None]
 
 
+def _is_zero(g: Tensor, vector: bool) -> Tensor:
+    """[*P; bool] where all of g is zero."""
+    return (g == 0).all(-1) if vector else (g == 0).flatten(-2).all(-1)
+
+
 def silence(lam: Tensor, g: Tensor, failed: Tensor, vector: bool) -> Tensor:
     """The cotangent of elements that failed: zero where nothing comes in (a masked loss stays finite), else NaN."""
-    silent = (g == 0).all(-1) if vector else (g == 0).flatten(-2).all(-1)
+    silent = _is_zero(g, vector)
     lam = lam.masked_fill(_like_solution(failed, vector), torch.nan)
     return lam.masked_fill(_like_solution(failed & silent, vector), 0.0)
 
@@ -173,10 +183,8 @@ def _adjoint_rule(
     lam = solver(values, g, not ctx.adjoint)
     grad_values = None
     if ctx.needs_input_grad[0] and x is not None:
-        u, w = (lam.unsqueeze(-1), x.unsqueeze(-1)) if ctx.vector else (lam, x)
-        if ctx.adjoint:
-            u, w = w, u
-        grad_values = _sum_to(Outer.apply(u, w, ctx.source, values.shape[-1]), values.shape)
+        u, w = (x, lam) if ctx.adjoint else (lam, x)
+        grad_values = _sum_to(Outer.apply(u, w, ctx.source, ctx.vector, values.shape[-1]), values.shape)
     return grad_values, _sum_to(lam, ctx.b_shape)
 
 
@@ -261,39 +269,51 @@ class _Solve(Function):
         return _tangent_rule(ctx, values, x, values_dot, b_dot, solver)
 
 
+class _Memo(list[Any]):
+    """The factors that serve a solve and its derivatives. Not a plain list: torch.func takes those apart and makes new
+    ones, so that what was added would be lost."""
+
+
 class Solve(Function):
-    """Front end for torch.func and torch.compile: b is always [*P, n, k]. Inside `forward` the tensors are plain,
-    whatever wraps them outside, so there the factor is found; the list `memo` carries it to the solves of the
-    derivatives."""
+    """Front end for torch.func and torch.compile. Inside `forward` the tensors are plain, whatever wraps them outside,
+    so there the factor is found; `memo` carries it to the solves of the derivatives."""
 
     @staticmethod
     def forward(
-        values: Tensor, b: Tensor, source: Source, memo: list[Any], adjoint: bool, check: bool, cotangent: bool
+        values: Tensor,
+        b: Tensor,
+        source: Source,
+        memo: list[Any],
+        vector: bool,
+        adjoint: bool,
+        check: bool,
+        cotangent: bool,
     ) -> Tensor:
-        return source.run(source.recall(memo, values, b), values, b, adjoint, check, cotangent)
+        return source.run(source.recall(memo, values, b), values, b, vector, adjoint, check, cotangent)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        values, b, source, memo, adjoint, _, _ = inputs
-        _remember(ctx, values, b, output, source, False, adjoint, True)
+        values, b, source, memo, vector, adjoint, _, _ = inputs
+        _remember(ctx, values, b, output, source, vector, adjoint, True)
         ctx.memo = memo
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         values, x = ctx.saved_tensors
-        # A zero cotangent of an element that failed gives a zero gradient, see `_Solve.backward`.
-        silent = (g == 0).flatten(-2).all(-1)[..., None, None]
-        x = torch.where(torch.isnan(x) & silent, torch.zeros_like(x), x)
+        if not ctx.source.checks:
+            # A zero cotangent of an element that failed gives a zero gradient, see `_Solve.backward`.
+            silent = _like_solution(_is_zero(g, ctx.vector), ctx.vector)
+            x = torch.where(torch.isnan(x) & silent, torch.zeros_like(x), x)
 
         def solver(values: Tensor, g: Tensor, adjoint: bool) -> Tensor:
-            return Solve.apply(values, g, ctx.source, ctx.memo, adjoint, False, True)
+            return Solve.apply(values, g, ctx.source, ctx.memo, ctx.vector, adjoint, False, True)
 
-        return *_adjoint_rule(ctx, values, x, g, solver), None, None, None, None, None
+        return *_adjoint_rule(ctx, values, x, g, solver), None, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, values_dot: Tensor | None, b_dot: Tensor | None, *_: Any) -> Tensor:
         def solver(values: Tensor, rhs: Tensor, adjoint: bool) -> Tensor:
-            return Solve.apply(values, rhs, ctx.source, ctx.memo, adjoint, False, False)
+            return Solve.apply(values, rhs, ctx.source, ctx.memo, ctx.vector, adjoint, False, False)
 
         # torch switches forward mode off around a jvp, which would lose the tangents of an enclosing forward-mode
         # level without an error; the primals leave this level's own tangents behind.
@@ -302,8 +322,21 @@ class Solve(Function):
             return _tangent_rule(ctx, values, x, values_dot, b_dot, solver)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        return _vmap_columns(Solve, in_dims, *args)
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        values: Tensor,
+        b: Tensor,
+        source: Source,
+        memo: list[Any],
+        vector: bool,
+        *rest: Any,
+    ) -> tuple[Tensor, int]:
+        b = b.unsqueeze(-1) if vector else b
+        x, dim = _vmap_columns(Solve, in_dims, values, b, source, memo, False, *rest)
+        if not vector:
+            return x, dim
+        return (x.squeeze(-1), 0) if dim == 0 else (x.squeeze(-2), dim - 1)
 
 
 class Matvec(Function):
@@ -327,7 +360,7 @@ class Matvec(Function):
         if ctx.needs_input_grad[0]:
             wide = x.expand(*g.shape[:-2], *x.shape[-2:])
             u, w = (wide, g) if ctx.adjoint else (g, wide)
-            grad_values = _sum_to(-Outer.apply(u, w, ctx.source, values.shape[-1]), values.shape)
+            grad_values = _sum_to(-Outer.apply(u, w, ctx.source, False, values.shape[-1]), values.shape)
         if ctx.needs_input_grad[1]:
             grad_x = _sum_to(Matvec.apply(values, g, ctx.source, not ctx.adjoint, x.shape[-2]), x.shape)
         return grad_values, grad_x, None, None, None
@@ -348,29 +381,30 @@ class Outer(Function):
     """-L*(u w^H); shapes as in `Source.outer`."""
 
     @staticmethod
-    def forward(u: Tensor, w: Tensor, source: Source, nnz: int) -> Tensor:
-        return source.outer(u, w, nnz)
+    def forward(u: Tensor, w: Tensor, source: Source, vector: bool, nnz: int) -> Tensor:
+        return source.outer(u, w, vector, nnz)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        u, w, source, nnz = inputs
-        ctx.source, ctx.nnz = source, nnz
+        u, w, source, vector, nnz = inputs
+        ctx.source, ctx.vector, ctx.nnz = source, vector, nnz
         ctx.save_for_backward(u, w)
         ctx.save_for_forward(u, w)
 
     @staticmethod
     def backward(ctx: Any, t: Tensor) -> Any:
         u, w = ctx.saved_tensors
-        grad_u = -Matvec.apply(t, w, ctx.source, False, u.shape[-2]) if ctx.needs_input_grad[0] else None
-        grad_w = -Matvec.apply(t, u, ctx.source, True, w.shape[-2]) if ctx.needs_input_grad[1] else None
-        return grad_u, grad_w, None, None
+        m, n = u.shape[-1 if ctx.vector else -2], w.shape[-1 if ctx.vector else -2]
+        grad_u = -matmul(ctx.source, t, w, ctx.vector, False, m) if ctx.needs_input_grad[0] else None
+        grad_w = -matmul(ctx.source, t, u, ctx.vector, True, n) if ctx.needs_input_grad[1] else None
+        return grad_u, grad_w, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, u_dot: Tensor | None, w_dot: Tensor | None, *_: Any) -> Tensor:
         with forward_ad._set_fwd_grad_enabled(True):  # see `Solve.jvp`
             u, w = _primals(ctx.saved_tensors)
             pairs = [(a, z) for a, z in ((u_dot, w), (u, w_dot)) if a is not None and z is not None]
-            return sum(Outer.apply(a, z, ctx.source, ctx.nnz) for a, z in pairs)
+            return sum(Outer.apply(a, z, ctx.source, ctx.vector, ctx.nnz) for a, z in pairs)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], u: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, int]:

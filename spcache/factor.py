@@ -189,7 +189,7 @@ class Factor:
         self._numeric = numeric
         self._handle = None if numeric is None else factor_handle(numeric)
         self._values = values
-        self._keep_factor = factorizer.keep_factor
+        self._flags = factorizer.keep_factor, factorizer.checks
         self._version: int | None = None
         if numeric is not None and not values.is_inference():
             self._version = values._version
@@ -232,7 +232,7 @@ class Factor:
         values = self._values
         if torch.compiler.is_compiling():
             return traced_solve(
-                self._system, self._handle, values, b, is_vector(values, b), bool(adjoint), self._keep_factor
+                self._system, self._handle, values, b, is_vector(values, b), bool(adjoint), *self._flags
             )
         if self._version is not None and values._version != self._version:
             raise RuntimeError(MODIFIED)

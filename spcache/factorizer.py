@@ -51,7 +51,7 @@ class Factorizer:
         self.stats = Stats(nnz=pattern.nnz)
         self.keep_factor: bool = options["keep_factor"]
         self._kind: str = options["kind"]
-        self._check: bool = options["check"]
+        self.checks: bool = options["check"]
         self._pools: dict[str, Pool] = {}
         self._held: NumericFactor | None = None
         mirror = {"spd": CONJUGATED, "hermitian": CONJUGATED, "symmetric": TRANSPOSED}.get(self._kind, NONE)
@@ -94,11 +94,12 @@ class Factorizer:
         """`SparseSystem.solve`; numeric: the factor of values, where the caller has it."""
         vector = self.check_arguments(values, b)
         if values.numel() == 0 or b.numel() == 0:
-            return self.empty(values, b, vector, self._check)
+            return self.empty(values, b, vector, self.checks)
         if numeric is None and not transformed():
             numeric = self.find(values)
-        return autograd.solve(self, numeric, values, b, vector, adjoint, None, self._check)
+        return autograd.solve(self, numeric, values, b, vector, adjoint, None, self.checks)
 
+    @torch.compiler.disable  # called at a graph break; traced, it would be compiled anew for every pattern
     def solve_ex(self, values: Tensor, b: Tensor, check_errors: bool) -> tuple[Tensor, Tensor]:
         """`SparseSystem.solve_ex`."""
         vector = self.check_arguments(values, b)
@@ -123,7 +124,7 @@ class Factorizer:
         """The factor of values; None where there is nothing to factorize, or under a transform."""
         self.check_values(values)
         if values.numel() == 0:
-            self._refuse_no_entries(values.shape[:-1], self._check)
+            self._refuse_no_entries(values.shape[:-1], self.checks)
         return None if transformed() or values.numel() == 0 else self.find(values)
 
     def matmul(self, values: Tensor, x: Tensor, adjoint: bool) -> Tensor:
@@ -140,7 +141,7 @@ class Factorizer:
         Args:
             raising: raise where values are not finite or a matrix has no factor; None: if this system checks.
         """
-        raising = self._check if raising is None else raising
+        raising = self.checks if raising is None else raising
         values = plain(values.detach())
         held = self._held
         if held is not None and held.same_values(values):
@@ -150,7 +151,7 @@ class Factorizer:
         else:
             if raising:
                 self.require_finite("values", values)
-            if self._check and self.convention.mirror != NONE and not self.convention.one_triangle:
+            if self.checks and self.convention.mirror != NONE and not self.convention.one_triangle:
                 self._require_symmetric(values)
             self._held = held = None  # its storage goes back to the pool before new storage is lent
             held = self._factorize(values)
@@ -173,30 +174,37 @@ class Factorizer:
         return numeric
 
     def run(
-        self, factor: NumericFactor, values: Tensor, b: Tensor, adjoint: bool, check: bool, cotangent: bool
+        self,
+        factor: NumericFactor,
+        values: Tensor,
+        b: Tensor,
+        vector: bool,
+        adjoint: bool,
+        check: bool,
+        cotangent: bool,
     ) -> Tensor:
-        if check and self._check:
+        if check and self.checks:
             self.require_finite("b", b)
-        x = factor.solve(b, False, adjoint)
+        x = factor.solve(b, vector, adjoint)
         if factor.failed is not None and cotangent:
-            x = silence(x, b.expand(x.shape), factor.failed, False)
+            x = silence(x, b.expand(x.shape), factor.failed, vector)
         return x
 
-    def outer(self, u: Tensor, w: Tensor, nnz: int) -> Tensor:
-        return self.convention.outer(u, w)
+    def outer(self, u: Tensor, w: Tensor, vector: bool, nnz: int) -> Tensor:
+        return self.convention.outer(u, w, vector)
 
     def matvec(self, values: Tensor, x: Tensor, adjoint: bool, size: int) -> Tensor:
         return self.convention.matvec(values, x, adjoint)
 
     def _factorize(self, values: Tensor) -> NumericFactor:
         if self._kind != "auto":
-            return self._pool(self._kind).factorize(values, self._check)
+            return self._pool(self._kind).factorize(values, self.checks)
         if self._looks_positive(values):
-            numeric = self._pool("spd").factorize(values, self._check)
+            numeric = self._pool("spd").factorize(values, self.checks)
             if numeric.failures is None:
                 return numeric
             del numeric
-        return self._pool("general").factorize(values, self._check)
+        return self._pool("general").factorize(values, self.checks)
 
     def _pool(self, kind: str) -> Pool:
         """The pool that serves a kind other than "auto"; its plan comes from the plan cache or is analyzed now."""
@@ -304,6 +312,10 @@ class Factorizer:
     ) -> bool:
         """Checks both arguments; True where b holds vectors, which its rank says unless the caller does."""
         self.check_values(values)
+        return self.check_rhs(values, b, name, length, vector)
+
+    def check_rhs(self, values: Tensor, b: Tensor, name: str, length: int | None, vector: bool | None) -> bool:
+        """The second half of `check_arguments`."""
         if not isinstance(b, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(b).__name__}")
         if b.dtype != values.dtype:

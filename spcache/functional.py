@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .handles import system_handle
-from .library import is_vector, traced_solve
+from .library import is_vector, operator, traced_solve
 from .matrices import Entries, MatrixKey, entries_of
 from .plans import plan_cache
 from .system import SparseSystem
@@ -52,7 +52,7 @@ def solve(A: Any, b: Tensor, *, kind: str = "auto") -> Tensor:
             raise ValueError("b must have at least one dimension, got a scalar")
         n = b.shape[-1 if vector else -2]
         if torch.compiler.is_compiling():
-            return traced_solve(_system(indices, n, kind), None, values, b, vector, False, True)
+            return traced_solve(torch.ops.spcache.system(indices, n, kind), None, values, b, vector, False, True, True)
         return _find(indices, n, kind).solve(values, b)
     entries = entries_of(A)
     m, n = entries.shape
@@ -80,12 +80,12 @@ def _find(indices: Tensor, n: int, kind: str) -> SparseSystem:
     return _cached(Entries((n, n), (row, column), None, indices), kind)
 
 
-@torch.library.custom_op("spcache::system", mutates_args=(), schema="(Tensor indices, SymInt n, str kind) -> Tensor")
+@operator("system", "(Tensor indices, SymInt n, str kind) -> Tensor")
 def _system(indices: Tensor, n: int, kind: str) -> Tensor:
     """The handle of a system in the plan cache."""
     return system_handle(_find(indices, n, kind)._factorizer)
 
 
-@_system.register_fake
+@torch.library.register_fake("spcache::system")
 def _(indices: Tensor, n: int, kind: str) -> Tensor:
     return torch.empty(1, dtype=torch.int64, device="cpu")

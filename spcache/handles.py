@@ -33,7 +33,8 @@ _factors: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictionar
 
 
 def _handle(payload: Any, content: int) -> tuple[Tensor, _Memory]:
-    memory = np.full(1, content, np.int64).view(_Memory)
+    memory = _Memory(1, np.int64)
+    memory[0] = content
     memory.payload = payload
     return torch.from_numpy(memory), memory
 

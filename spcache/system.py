@@ -112,7 +112,7 @@ class SparseSystem:
         self._factorizer = factorizer
         self._handle = system_handle(factorizer)  # what the system is under torch.compile, where
         self._square = factorizer.pattern.m == factorizer.pattern.n  # its numbers would become constants
-        self._keep_factor = factorizer.keep_factor
+        self._flags = factorizer.keep_factor, factorizer.checks
 
     @classmethod
     def from_matrix(cls, A: Any, **options: Any) -> SparseSystem:
@@ -159,7 +159,7 @@ class SparseSystem:
         solve and O(nnz).
         """
         if torch.compiler.is_compiling():
-            return traced_solve(self._handle, None, values, b, is_vector(values, b), bool(adjoint), self._keep_factor)
+            return traced_solve(self._handle, None, values, b, is_vector(values, b), bool(adjoint), *self._flags)
         return self._factorizer.solve(values, b, bool(adjoint))
 
     def solve_ex(self, values: Tensor, b: Tensor, *, check_errors: bool = False) -> tuple[Tensor, Tensor]:
@@ -243,18 +243,23 @@ class SparseSystem:
     # --- copies --------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        """Indices, options and the orderings found; the rest is rebuilt on first use."""
+        """Indices, options and the orderings found; the rest is rebuilt on first use. Bytes, strings and numbers: for
+        `torch.load(..., weights_only=True)` no more than this class has to be declared safe, and unlike a tensor made
+        for the occasion they outlive the way to a spawned process."""
         factorizer = self._factorizer
+        orderings = factorizer.found_orderings().items()
         return {
-            "indices": np.stack([factorizer.pattern.rows, factorizer.pattern.columns]),
+            "indices": _to_bytes(np.stack([factorizer.pattern.rows, factorizer.pattern.columns])),
             "shape": self.shape,
             "options": factorizer.options,
-            "orderings": factorizer.found_orderings(),
+            "orderings": {kind: (name, _to_bytes(permutation)) for kind, (name, permutation) in orderings},
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        SparseSystem.__init__(self, state["indices"], state["shape"], **state["options"])
-        self._factorizer.orderings = state["orderings"]
+        indices = _from_bytes(state["indices"]).reshape(2, -1)
+        SparseSystem.__init__(self, indices, state["shape"], **state["options"])
+        orderings = state["orderings"].items()
+        self._factorizer.orderings = {kind: (name, _from_bytes(permutation)) for kind, (name, permutation) in orderings}
 
     def __copy__(self) -> SparseSystem:
         """Shares the immutable pattern and plans; counters and factors start anew."""
@@ -265,6 +270,14 @@ class SparseSystem:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseSystem:
         return self.__copy__()
+
+
+def _to_bytes(numbers: np.ndarray) -> bytearray:
+    return bytearray(numbers.astype("<i4").tobytes())
+
+
+def _from_bytes(data: bytearray) -> np.ndarray:
+    return np.frombuffer(data, "<i4").astype(np.int32)
 
 
 def _shape(n: Any) -> tuple[int, int]:
