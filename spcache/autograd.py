@@ -17,15 +17,18 @@ both linear in each of their arguments, and each the derivative of the other:
     outer(u, w)  = -L*(u w^H)    grad u = -L(t) w = -matvec(t, w),     grad w = -L(t)^H u = -matvec^H(t, u)
 
 (for y = L(v)^H x: grad v = -outer(x, g), grad x = matvec(v, g)). So the operations factor, solve, outer and matvec are
-closed under differentiation: `_Solve...` calls `_Outer` and `_Matvec` and itself, and every higher derivative follows.
+closed under differentiation: `Solve` calls `Outer` and `Matvec` and itself, and every higher derivative follows.
 
 Front ends. All of them are the same rules over a `Source`, which has the four operations:
 
     eager            `_Solve`, context style, the cheapest; first-order backward passes, which nobody differentiates
                      again, call native code directly
-    torch.func       `_SolveTransformed`, with setup_context, vmap and jvp; inside its `forward` the tensors are plain
-    torch.compile    `_SolveTransformed` over `library.Traced`, whose four operations are library operators that
-                     the compiler calls without looking inside (library.py)
+    torch.func       `Solve`, with setup_context, vmap and jvp; inside its `forward` the tensors are plain
+    torch.compile    `Solve` over `library.Traced`, whose four operations are library operators that the compiler
+                     calls without looking inside (library.py)
+
+Every `backward` is hidden from Dynamo: where compiled code calls `loss.backward()`, Dynamo would follow the
+engine into the rule of a node that eager code made, and trip over native calls. AOTAutograd traces it all the same.
 """
 
 from __future__ import annotations
@@ -37,29 +40,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
+from .dynamo import hide
+from .torch_private import in_dual_level, in_forward_mode, transformed
+
 if TYPE_CHECKING:
     from .convention import Convention
     from .factor import NumericFactor
 
-__all__ = ["Matvec", "Outer", "Solve", "Source", "in_dual_level", "matmul", "silence", "solve", "transformed"]
-
-try:
-    _interpreter = torch._C._functorch.peek_interpreter_stack
-
-    def transformed() -> bool:
-        """Whether a torch.func transform is active."""
-        return _interpreter() is not None
-
-except AttributeError:  # the test is private; without it everything takes the front end that transforms need
-
-    def transformed() -> bool:
-        return True
-
-
-def in_dual_level() -> bool:
-    """Whether forward-mode differentiation is going on, by dual numbers or by torch.func. True where torch keeps the
-    level elsewhere than we know it."""
-    return getattr(forward_ad, "_current_level", 0) >= 0
+__all__ = ["Matvec", "Outer", "Solve", "Source", "matmul", "silence", "solve"]
 
 
 def _differentiated() -> bool:
@@ -311,15 +299,13 @@ class Solve(Function):
         return *_adjoint_rule(ctx, values, x, g, solver), None, None, None, None, None, None
 
     @staticmethod
+    @in_forward_mode
     def jvp(ctx: Any, values_dot: Tensor | None, b_dot: Tensor | None, *_: Any) -> Tensor:
         def solver(values: Tensor, rhs: Tensor, adjoint: bool) -> Tensor:
             return Solve.apply(values, rhs, ctx.source, ctx.memo, ctx.vector, adjoint, False, False)
 
-        # torch switches forward mode off around a jvp, which would lose the tangents of an enclosing forward-mode
-        # level without an error; the primals leave this level's own tangents behind.
-        with forward_ad._set_fwd_grad_enabled(True):
-            values, _b, x = _primals(ctx.saved_tensors)
-            return _tangent_rule(ctx, values, x, values_dot, b_dot, solver)
+        values, _b, x = _primals(ctx.saved_tensors)
+        return _tangent_rule(ctx, values, x, values_dot, b_dot, solver)
 
     @staticmethod
     def vmap(
@@ -366,11 +352,11 @@ class Matvec(Function):
         return grad_values, grad_x, None, None, None
 
     @staticmethod
+    @in_forward_mode
     def jvp(ctx: Any, values_dot: Tensor | None, x_dot: Tensor | None, *_: Any) -> Tensor:
-        with forward_ad._set_fwd_grad_enabled(True):  # see `Solve.jvp`
-            values, x = _primals(ctx.saved_tensors)
-            pairs = [(v, z) for v, z in ((values_dot, x), (values, x_dot)) if v is not None and z is not None]
-            return sum(Matvec.apply(v, z, ctx.source, ctx.adjoint, ctx.size) for v, z in pairs)
+        values, x = _primals(ctx.saved_tensors)
+        pairs = [(v, z) for v, z in ((values_dot, x), (values, x_dot)) if v is not None and z is not None]
+        return sum(Matvec.apply(v, z, ctx.source, ctx.adjoint, ctx.size) for v, z in pairs)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
@@ -400,11 +386,11 @@ class Outer(Function):
         return grad_u, grad_w, None, None, None
 
     @staticmethod
+    @in_forward_mode
     def jvp(ctx: Any, u_dot: Tensor | None, w_dot: Tensor | None, *_: Any) -> Tensor:
-        with forward_ad._set_fwd_grad_enabled(True):  # see `Solve.jvp`
-            u, w = _primals(ctx.saved_tensors)
-            pairs = [(a, z) for a, z in ((u_dot, w), (u, w_dot)) if a is not None and z is not None]
-            return sum(Outer.apply(a, z, ctx.source, ctx.vector, ctx.nnz) for a, z in pairs)
+        u, w = _primals(ctx.saved_tensors)
+        pairs = [(a, z) for a, z in ((u_dot, w), (u, w_dot)) if a is not None and z is not None]
+        return sum(Outer.apply(a, z, ctx.source, ctx.vector, ctx.nnz) for a, z in pairs)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], u: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, int]:
@@ -435,3 +421,7 @@ def _vmap_columns(
     if b_dim is not None:
         b = b.reshape(b.shape[0], *[1] * missing, *b.shape[1:])
     return function.apply(values, b, *rest), 0
+
+
+for _function in (_Solve, Solve, Matvec, Outer):
+    hide(_function, "backward")

@@ -13,9 +13,10 @@ from torch import Tensor
 from ._pattern import Assembly, Loan, ValuesCopy
 from .engines.protocol import DTYPE_CODES, Failure, Storage, SymbolicFactor
 from .handles import factor_handle
-from .library import MODIFIED, is_vector, traced_solve
+from .library import MODIFIED, is_vector, recorded, traced_solve
 from .memory import plain
 from .stats import Stats
+from .torch_private import version
 
 if TYPE_CHECKING:
     from .factorizer import Factorizer
@@ -190,9 +191,8 @@ class Factor:
         self._handle = None if numeric is None else factor_handle(numeric)
         self._values = values
         self._flags = factorizer.keep_factor, factorizer.checks
-        self._version: int | None = None
-        if numeric is not None and not values.is_inference():
-            self._version = values._version
+        self._watched = numeric is not None and not values.is_inference()
+        self._made_at = version(values) if self._watched else None
 
     def __repr__(self) -> str:
         if self._numeric is None:
@@ -230,13 +230,20 @@ class Factor:
             RuntimeError: the values were changed in place after `factorize`.
         """
         values = self._values
-        if torch.compiler.is_compiling():
+        if recorded():
             return traced_solve(
                 self._system, self._handle, values, b, is_vector(values, b), bool(adjoint), *self._flags
             )
-        if self._version is not None and values._version != self._version:
+        if self._watched and self._modified():
             raise RuntimeError(MODIFIED)
         return self._factorizer.solve(values, b, bool(adjoint), self._numeric)
+
+    def _modified(self) -> bool:
+        now = version(self._values)
+        if now is not None:
+            return now != self._made_at
+        assert self._numeric is not None
+        return not self._numeric.same_values(plain(self._values.detach()))
 
 
 def describe(failure: Failure, kind: str) -> str:

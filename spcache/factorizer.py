@@ -14,8 +14,9 @@ from torch import Tensor
 
 from . import autograd
 from ._pattern import all_finite
-from .autograd import silence, transformed
+from .autograd import silence
 from .convention import CONJUGATED, NONE, TRANSPOSED, Convention
+from .dynamo import hide
 from .engines import DTYPE_CODES, engine_for
 from .errors import EngineUnavailableError, NotPositiveDefiniteError, SingularMatrixError
 from .factor import NumericFactor, Pool, describe
@@ -23,6 +24,7 @@ from .memory import plain
 from .pattern import Contributions, Pattern
 from .plans import plan_cache
 from .stats import Stats
+from .torch_private import transformed
 
 __all__ = ["Factorizer"]
 
@@ -99,7 +101,6 @@ class Factorizer:
             numeric = self.find(values)
         return autograd.solve(self, numeric, values, b, vector, adjoint, None, self.checks)
 
-    @torch.compiler.disable  # called at a graph break; traced, it would be compiled anew for every pattern
     def solve_ex(self, values: Tensor, b: Tensor, check_errors: bool) -> tuple[Tensor, Tensor]:
         """`SparseSystem.solve_ex`."""
         vector = self.check_arguments(values, b)
@@ -122,6 +123,7 @@ class Factorizer:
 
     def factorize(self, values: Tensor) -> NumericFactor | None:
         """The factor of values; None where there is nothing to factorize, or under a transform."""
+        self.check_square()
         self.check_values(values)
         if values.numel() == 0:
             self._refuse_no_entries(values.shape[:-1], self.checks)
@@ -303,6 +305,13 @@ class Factorizer:
                 "move values and b there with .cpu()"
             )
 
+    def check_square(self) -> None:
+        if self.pattern.m != self.pattern.n:
+            raise ValueError(
+                f"solve needs a square matrix, this system has shape {(self.pattern.m, self.pattern.n)}; "
+                "only matmul is defined for it"
+            )
+
     def check_product(self, values: Tensor, x: Tensor, vector: bool | None, adjoint: bool) -> bool:
         """Checks the arguments of a product; as `check_arguments`."""
         return self.check_arguments(values, x, "x", self.pattern.m if adjoint else self.pattern.n, vector)
@@ -328,12 +337,8 @@ class Factorizer:
                 f"{name} must be a dense tensor on the device of values, got layout {b.layout} on {b.device}"
             )
         if length is None:
+            self.check_square()
             length = self.pattern.m
-            if length != self.pattern.n:
-                raise ValueError(
-                    f"solve needs a square matrix, this system has shape {(self.pattern.m, self.pattern.n)}; "
-                    "only matmul is defined for it"
-                )
         dims, batch = b.dim(), values.dim() - 1
         if vector is None:
             vector = dims == values.dim() or dims == 1
@@ -363,6 +368,12 @@ class Factorizer:
     def _refuse_no_entries(self, batch: torch.Size, raising: bool) -> None:
         if raising and self.pattern.n and math.prod(batch):
             raise SingularMatrixError("the matrix has no entries (nnz = 0): structurally singular at column 0", 0)
+
+
+# Where Dynamo gave up on a frame that calls them (`solve_ex` always, the others under a transform of a compiled
+# function), they are called and not traced: inside there are native calls, and every pattern would compile anew.
+for _door in ("solve", "solve_ex", "factorize", "matmul"):
+    hide(Factorizer, _door)
 
 
 def _matrices(values: Tensor) -> Iterator[tuple[int, int]]:

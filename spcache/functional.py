@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .dynamo import hide
 from .handles import system_handle
-from .library import is_vector, operator, traced_solve
+from .library import is_vector, operator, recorded, traced_solve
 from .matrices import Entries, MatrixKey, entries_of
 from .plans import plan_cache
 from .system import SparseSystem
@@ -51,9 +53,13 @@ def solve(A: Any, b: Tensor, *, kind: str = "auto") -> Tensor:
         if b.dim() < 1:
             raise ValueError("b must have at least one dimension, got a scalar")
         n = b.shape[-1 if vector else -2]
-        if torch.compiler.is_compiling():
+        if recorded():
             return traced_solve(torch.ops.spcache.system(indices, n, kind), None, values, b, vector, False, True, True)
         return _find(indices, n, kind).solve(values, b)
+    return _solve_matrix(A, b, kind)
+
+
+def _solve_matrix(A: Any, b: Tensor, kind: str) -> Tensor:
     entries = entries_of(A)
     m, n = entries.shape
     if m != n:
@@ -89,3 +95,6 @@ def _system(indices: Tensor, n: int, kind: str) -> Tensor:
 @torch.library.register_fake("spcache::system")
 def _(indices: Tensor, n: int, kind: str) -> Tensor:
     return torch.empty(1, dtype=torch.int64, device="cpu")
+
+
+hide(sys.modules[__name__], "_solve_matrix")  # called at a graph break

@@ -21,9 +21,11 @@ from torch.nn import Parameter
 
 from . import autograd, handles
 from .convention import Convention
+from .dynamo import in_graph
 from .memory import plain
+from .torch_private import below_autograd, dispatch_modes, forward_mode_on, in_dual_level, traced, transformed
 
-__all__ = ["MODIFIED", "Traced", "is_vector", "operator", "traced_matmul", "traced_solve"]
+__all__ = ["MODIFIED", "Traced", "is_vector", "operator", "recorded", "traced_matmul", "traced_solve"]
 
 MODIFIED = (
     "values were modified in place after factorize(): this factor belongs to the old ones. "
@@ -32,8 +34,9 @@ MODIFIED = (
 
 
 def _refuse_dual_level() -> None:
-    """In compiled code an operator has no forward-mode rule any more: torch would drop the tangents in silence."""
-    if autograd.in_dual_level():
+    """In compiled code an operator has no forward-mode rule any more: torch would drop the tangents in silence. Inside
+    the `forward` of a Function, where torch switches forward mode off, they are taken care of."""
+    if in_dual_level() and forward_mode_on():
         raise RuntimeError(
             "code compiled by torch.compile was called inside a forward-mode level (forward_ad.dual_level or "
             "torch.func.jvp): its tangents would be lost. Differentiate inside of the compiled function, or call the "
@@ -63,6 +66,7 @@ def _factor(values: Tensor, system: Tensor, given: Tensor | None, after: Tensor 
     """
     _refuse_dual_level()
     source = handles.system_of(system)
+    source.check_square()
     source.check_values(values)
     if values.numel() == 0:
         return handles.factor_handle(None)
@@ -189,34 +193,47 @@ class Traced:
         """The operators see to it."""
 
 
-def _differentiable(name: str, function: Callable[..., Tensor], apply: Callable[..., Tensor]) -> None:
-    """Gives an operator the derivatives that `apply` has, for those who call it themselves; the front ends do without.
-
-    `torch.library.register_autograd` would do the same, but its kernel, through which every call goes, costs 6 us."""
-    below = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
-    modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-    if below is None:
-        return  # private; without it torch warns in the backward pass of a lone operator
+def _differentiable(
+    name: str, function: Callable[..., Tensor], rules: Any, arguments: Callable[..., tuple[Any, ...]]
+) -> None:
+    """Gives an operator the derivatives of a Function, whose arguments it makes of the operator's: for those who call
+    it themselves; the front ends do without."""
     operator = getattr(_ops, name).default
 
     def kernel(first: Tensor, second: Tensor, *rest: Any) -> Tensor:
         if torch.is_grad_enabled() and (first.requires_grad or second.requires_grad):
-            return apply(first, second, *rest)
-        if type(first) is Tensor and type(second) is Tensor and not modes():
+            return rules.apply(*arguments(first, second, *rest))
+        if type(first) is Tensor and type(second) is Tensor and not dispatch_modes():
             return function(first, second, *rest)  # where the dispatcher would get to in the end
-        with below():
+        with below_autograd():
             return operator(first, second, *rest)
 
-    torch.library.impl(f"spcache::{name}", "Autograd", kernel)
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        rules.setup_context(ctx, arguments(*inputs), output)
+
+    if below_autograd is not None:
+        torch.library.impl(f"spcache::{name}", "Autograd", kernel)
+    else:  # the same; its kernel, through which every call goes, costs 6 us
+        torch.library.register_autograd(f"spcache::{name}", rules.backward, setup_context=remember)
 
 
-_differentiable(
-    "solve", _solve, lambda values, b, system, factor, *flags: autograd.Solve.apply(
-        values, b, Traced(system), [factor], *flags
-    )
-)  # fmt: skip
-_differentiable("matvec", _matvec, lambda v, x, system, *rest: autograd.Matvec.apply(v, x, Traced(system), *rest))
-_differentiable("outer", _outer, lambda u, w, system, *rest: autograd.Outer.apply(u, w, Traced(system), *rest))
+_differentiable("solve", _solve, autograd.Solve, lambda v, b, system, f, *rest: (v, b, Traced(system), [f], *rest))
+_differentiable("matvec", _matvec, autograd.Matvec, lambda v, x, system, *rest: (v, x, Traced(system), *rest))
+_differentiable("outer", _outer, autograd.Outer, lambda u, w, system, *rest: (u, w, Traced(system), *rest))
+
+
+def recorded() -> bool:
+    """Whether operations are recorded, to run later on other numbers: by torch.compile, by torch.export, by make_fx and
+    with it by torch.func.linearize. What is to be recorded must be an operator.
+
+    Raises:
+        RuntimeError: by torch.jit.trace, which would record the numbers of this run.
+    """
+    if torch.compiler.is_compiling() or traced():
+        return True
+    if torch.jit.is_tracing():
+        raise RuntimeError("torch.jit.trace cannot record a sparse solve; use torch.compile or torch.export")
+    return False
 
 
 def is_vector(values: Tensor, b: Tensor) -> bool:
@@ -226,10 +243,10 @@ def is_vector(values: Tensor, b: Tensor) -> bool:
 
 def _eager(*tensors: Tensor) -> bool:
     """Whether these are no stand-ins: the "eager" backend runs the graph that Dynamo made as it is."""
-    return all(type(t) in (Tensor, Parameter) for t in tensors)
+    return all(type(t) in (Tensor, Parameter) for t in tensors) and not traced()
 
 
-@torch.compiler.allow_in_graph
+@in_graph
 def traced_solve(
     system: Tensor,
     given: Tensor | None,
@@ -243,14 +260,14 @@ def traced_solve(
     """`SparseSystem.solve`, or `Factor.solve` of the factor given."""
     if _eager(system, values, b):
         numeric = None if given is None else handles.factor_of(given)
-        if numeric is not None and not (autograd.transformed() or numeric.same_values(plain(values.detach()))):
+        if numeric is not None and not (transformed() or numeric.same_values(plain(values.detach()))):
             raise RuntimeError(MODIFIED)
         return handles.system_of(system).solve(values, b, adjoint, numeric)
     source = Traced(system, given, keep_factor, checks)
     return autograd.Solve.apply(values, b, source, [], vector, adjoint, True, False)
 
 
-@torch.compiler.allow_in_graph
+@in_graph
 def traced_matmul(system: Tensor, values: Tensor, x: Tensor, vector: bool, adjoint: bool, size: int) -> Tensor:
     """`SparseSystem.matmul`, whose result has `size` rows."""
     if _eager(system, values, x):

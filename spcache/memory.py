@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 __all__ = ["plain"]
+
+_LOW = 1 << 40  # no storage is larger
 
 
 def plain(t: Tensor) -> Tensor:
@@ -27,9 +29,11 @@ def plain(t: Tensor) -> Tensor:
             f"a {type(t).__name__} without memory of its own cannot be read here; under is_grads_batched=True or "
             f"vectorize=True use torch.func (vmap, jacrev, jacfwd) instead"
         ) from error
-    if address == 0 and t.numel():
-        if t._is_zerotensor():  # zeros that autograd did not care to write down
-            return torch.zeros(t.shape, dtype=t.dtype, device=t.device)
+    if address < _LOW and t.numel() and address == t.storage_offset() * t.element_size():  # it starts at null
+        if type(t) in (Tensor, Parameter) and t.untyped_storage().nbytes():
+            t = t.clone()  # zeros that autograd did not care to write down now are
+            if t.data_ptr():
+                return t
         raise TypeError(
             f"a {type(t).__name__} of shape {tuple(t.shape)} has no memory to read: it is a wrapper, a fake tensor, or "
             f"its storage was freed; pass a plain tensor"

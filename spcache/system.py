@@ -15,7 +15,7 @@ from .engines import KINDS, engine_for
 from .factor import Factor
 from .factorizer import Factorizer
 from .handles import system_handle
-from .library import is_vector, traced_matmul, traced_solve
+from .library import is_vector, recorded, traced_matmul, traced_solve
 from .pattern import Pattern
 from .stats import Stats
 
@@ -158,7 +158,7 @@ class SparseSystem:
         one numeric factorization before it. First values of a pattern: the analysis too. Backward: one triangular
         solve and O(nnz).
         """
-        if torch.compiler.is_compiling():
+        if recorded():
             return traced_solve(self._handle, None, values, b, is_vector(values, b), bool(adjoint), *self._flags)
         return self._factorizer.solve(values, b, bool(adjoint))
 
@@ -188,8 +188,9 @@ class SparseSystem:
         Raises:
             As `solve`.
         """
-        numeric = None if torch.compiler.is_compiling() else self._factorizer.factorize(values)
-        return Factor(self._factorizer, self._handle, numeric, values)
+        if recorded():  # nothing is factorized yet: a copy stays what the values are now
+            return Factor(self._factorizer, self._handle, None, values.clone())
+        return Factor(self._factorizer, self._handle, self._factorizer.factorize(values), values)
 
     def matmul(self, values: Tensor, x: Tensor, *, adjoint: bool = False) -> Tensor:
         """y = S x for the very matrix S that `solve` inverts (see the table in `SparseSystem`); adjoint: S^H x.
@@ -200,7 +201,7 @@ class SparseSystem:
         Returns:
             y, differentiable to any order. Cost: O(nnz) torch operations.
         """
-        if torch.compiler.is_compiling():
+        if recorded():
             vector = is_vector(values, x)
             size = x.shape[-1 if vector else -2] if self._square else self.shape[1 if adjoint else 0]
             return traced_matmul(self._handle, values, x, vector, bool(adjoint), size)

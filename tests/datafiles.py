@@ -80,9 +80,9 @@ def load_matrix(name: str) -> coo_array:
     """
     kind = _kind(name)
     if kind == ".mtx":
-        return coo_array(scipy.io.mmread(io.BytesIO(read(name))), dtype=np.float64)
+        return coo_array(scipy.io.mmread(io.BytesIO(read(name)), spmatrix=False), dtype=np.float64)
     if kind == ".mat":
-        return coo_array(scipy.io.loadmat(io.BytesIO(read(name)))["A"], dtype=np.float64)
+        return coo_array(scipy.io.loadmat(io.BytesIO(read(name)), spmatrix=False)["A"], dtype=np.float64)
     if kind == ".tri":  # lower triangle of a symmetric matrix, a line "i j value" per entry, counted from 0
         table = np.loadtxt(io.BytesIO(read(name)))
         i, j, v = table[:, 0].astype(np.int32), table[:, 1].astype(np.int32), table[:, 2]
@@ -94,7 +94,7 @@ def load_matrix(name: str) -> coo_array:
 
 def load_rhs(name: str) -> np.ndarray:
     """The right-hand side ``(n,)`` of a ``.mtx`` file in array format, float64."""
-    return np.asarray(scipy.io.mmread(io.BytesIO(read(name))), dtype=np.float64).reshape(-1)
+    return np.asarray(scipy.io.mmread(io.BytesIO(read(name)), spmatrix=False), dtype=np.float64).reshape(-1)
 
 
 def load_mesh(name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -239,6 +239,18 @@ def test_entries():
                 assert np.allclose(
                     out, -np.einsum("bkr,bkr->bk", u[:, rows], w[:, columns].conj()), rtol=1e-4, atol=1e-4
                 )
+            v = numbers(2 * len(rows), dtype).reshape(2, -1)
+            for adjoint, stride in itertools.product((False, True), (0, len(rows))):
+                y = np.zeros((2, n, width), dtype)
+                view.matvec(
+                    v.ctypes.data, stride, w.ctypes.data, n, y.ctypes.data, n, 2, width, code, mirror, one, adjoint
+                )
+                assert finite(y)
+                # <t, outer(u, w)> = -<matvec(t, w), u>, the rule that derivatives rely on
+                if stride and not adjoint:
+                    left = (out.conj() * v).sum().real
+                    right = -(u.conj() * y).sum().real
+                    assert abs(left - right) <= 1e-3 * (1 + abs(left))
     for count, dtype in itertools.product((0, 1, 7, 8, 9, 31), DTYPES):
         x = numbers(count, dtype)
         copy = pattern.ValuesCopy()

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import spcache
 
@@ -27,7 +28,7 @@ LEVELS = [
     ["pattern"],
     ["engines"],
     ["engines.multifrontal", "engines.klu", "engines.cudss"],
-    ["memory", "engines.protocol", "_pattern", "engines._multifrontal", "engines._klu"],
+    ["memory", "dynamo", "torch_private", "engines.protocol", "_pattern", "engines._multifrontal", "engines._klu"],
     ["errors"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
@@ -111,11 +112,38 @@ def test_native_sources_know_nothing_of_the_package():
 
 
 def test_derivatives_are_in_one_file():
-    """autograd.py is the only file with autograd Functions; library operators may be elsewhere, and get theirs there."""
+    """Library operators may be elsewhere, and get theirs there."""
     for path in MODULES:
-        classes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ClassDef)]
-        functions = [c.name for c in classes if any(ast.unparse(b).endswith("Function") for b in c.bases)]
-        assert path.name == "autograd.py" or not functions, f"{path.name}: {functions}"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith("Function") for base in node.bases):
+                rules = {f.name for f in node.body if isinstance(f, ast.FunctionDef)} & {"backward", "jvp", "vjp"}
+                assert path.name == "autograd.py" or not rules, f"{path.name}: {node.name}.{rules}"
+
+
+def private_torch(source: str) -> list[str]:
+    """The private names of torch that a module looks at."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            root, *names = ast.unparse(node).split(".")
+            if root not in ("torch", "forward_ad"):  # an attribute of something: of a tensor?
+                names = [name for name in names[-1:] if root not in ("self", "cls") and name in dir(torch.Tensor)]
+        elif isinstance(node, ast.Import):
+            names = [part for alias in node.names for part in alias.name.split(".")]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
+            names = [*node.module.split("."), *(alias.name for alias in node.names)]
+        else:
+            continue
+        found += [name for name in names if re.match("_[a-zA-Z]", name) or name == "experimental"]
+    return found
+
+
+def test_what_is_private_in_torch_is_in_one_file():
+    for path in MODULES:
+        assert path.name == "torch_private.py" or not private_torch(path.read_text()), path.name
+    names = private_torch((PACKAGE / "torch_private.py").read_text())
+    assert {"_C", "_current_level", "experimental"} <= set(names)
+    assert private_torch("v = t._version\nself._grad = self._version_of") == ["_version"]
 
 
 def test_the_only_global_state_is_the_plan_cache():
@@ -165,3 +193,19 @@ def test_import_needs_little():
             for a in n.names
         }
         assert not imported & {"scipy", "matplotlib", "pandas", "sympy"}, path.name
+
+
+def test_import_does_not_load_the_compiler(run_python):
+    """torch._dynamo takes longer than torch itself. What it is told (dynamo.py) waits until somebody imports it."""
+    out = run_python(
+        "import sys, torch\n"
+        "before = 'torch._dynamo' in sys.modules\n"
+        "import spcache\n"
+        "print(before == ('torch._dynamo' in sys.modules))\n"
+        "plain = spcache.autograd.Solve.backward\n"
+        "import torch._dynamo\n"
+        "print(before or spcache.autograd.Solve.backward is not plain)\n"
+        "from torch._dynamo.trace_rules import is_callable_allowed\n"
+        "print(is_callable_allowed(spcache.library.traced_solve), is_callable_allowed(spcache.library.recorded))\n"
+    )
+    assert out.split() == ["True", "True", "True", "False"]

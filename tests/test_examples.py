@@ -26,6 +26,12 @@ def test_readme(run_python):
         assert expected.strip() in printed
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_the_tests_that_a_page_names_are_there(page):
+    for file, name in re.findall(r"`(?:tests/)?(test_\w+\.py)::(\w+)`", page.read_text()):
+        assert re.search(rf"^ *def {name}\b", (ROOT / "tests" / file).read_text(), re.MULTILINE), f"{file}::{name}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES or [None], ids=lambda path: path.name if path else "none")
 def test_example(example, tmp_path):

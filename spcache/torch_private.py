@@ -1,0 +1,126 @@
+"""Everything private of torch that spcache touches, and what takes its place where a version of torch lacks it.
+
+The substitutes are made of public API: right, and slower. Which of the two is used is decided once, at import. What can
+be done without is not here: nothing else in the package touches a private name of torch (tests/test_architecture.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+__all__ = [
+    "below_autograd",
+    "dispatch_modes",
+    "forward_mode_on",
+    "in_dual_level",
+    "in_forward_mode",
+    "traced",
+    "transformed",
+    "version",
+]
+
+
+try:
+    _interpreter = torch._C._functorch.peek_interpreter_stack
+
+    def transformed() -> bool:
+        """Whether a torch.func transform is active."""
+        return _interpreter() is not None
+
+except AttributeError:
+
+    class _Probe(Function):
+        """Without `setup_context`: torch refuses it under a transform, and only there."""
+
+        @staticmethod
+        def forward(ctx: Any) -> None:
+            pass
+
+    def transformed() -> bool:
+        try:
+            _Probe.apply()
+        except RuntimeError:
+            return True
+        return False
+
+
+if hasattr(forward_ad, "_current_level"):
+
+    def in_dual_level() -> bool:
+        """Whether forward-mode differentiation is going on, by dual numbers or by torch.func."""
+        return forward_ad._current_level >= 0
+
+else:
+
+    def in_dual_level() -> bool:
+        t = torch.empty(0)
+        try:
+            forward_ad.make_dual(t, t)
+        except RuntimeError:  # outside of a level there are no dual numbers
+            return False
+        return True
+
+
+if hasattr(forward_ad, "_set_fwd_grad_enabled"):
+
+    def in_forward_mode(jvp: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Decorator of a `jvp`. torch switches forward mode off around one, which would lose the tangents of an
+        enclosing forward-mode level without an error."""
+
+        @functools.wraps(jvp)
+        def switched_on(*args: Any) -> Tensor:
+            with forward_ad._set_fwd_grad_enabled(True):
+                return jvp(*args)
+
+        return switched_on
+
+else:
+
+    def in_forward_mode(jvp: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(jvp)
+        def switched_on(*args: Any) -> Tensor:
+            # To end inference mode switches forward mode on, and reverse mode, which stays as it is.
+            reverse = torch.is_grad_enabled()
+            with torch.inference_mode(False), torch.set_grad_enabled(reverse):
+                return jvp(*args)
+
+        return switched_on
+
+
+try:
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    def traced() -> bool:
+        """Whether make_fx records operations."""
+        return get_proxy_mode() is not None
+
+except ImportError:
+
+    def traced() -> bool:
+        try:
+            torch.zeros(2, device="cpu").sum().item()
+        except RuntimeError:  # a number would become a constant: torch refuses
+            return True
+        return False
+
+
+def version(t: Tensor) -> int | None:
+    """A number that every change of t in place changes; None where torch has none. Inference tensors have none, and
+    raise."""
+    return getattr(t, "_version", None)
+
+
+# () -> bool: whether operations take tangents along: not inside of a Function's rules.
+forward_mode_on: Callable[[], bool] = getattr(forward_ad, "_is_fwd_grad_enabled", lambda: True)
+
+# () -> int: how many modes (fake tensors, make_fx, the user's) see every operation.
+dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+
+# The context in which operators take no notice of autograd; None: use torch.library.register_autograd.
+below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
