@@ -33,6 +33,7 @@ engine into the rule of a node that eager code made, and trip over native calls.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -48,6 +49,10 @@ if TYPE_CHECKING:
     from .factor import NumericFactor
 
 __all__ = ["Matvec", "Outer", "Solve", "Source", "matmul", "silence", "solve"]
+
+
+def _requires_grad(a: Tensor, b: Tensor) -> bool:
+    return torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
 
 
 def _differentiated() -> bool:
@@ -92,7 +97,7 @@ class Source(Protocol):
 
 def solve(
     source: Source, numeric: NumericFactor | None, values: Tensor, b: Tensor, vector: bool, adjoint: bool,
-    failed: Tensor | None = None, check: bool = False,
+    failed: Tensor | None = None, check: bool = False, dual: bool = False,
 ) -> Tensor:  # fmt: skip
     """x = S^-1 b or S^-H b, differentiable in values and b.
 
@@ -101,6 +106,7 @@ def solve(
         vector: b is [*P, n], else [*P, n, k].
         failed: bool [*P], elements whose x is to be NaN, beyond those that have no factor.
         check: refuse a b that is not finite (incoming gradients and tangents are never checked).
+        dual: there may be tangents, even if `in_dual_level` denies it: compiled code enters levels without a word.
     """
     if transformed():
         memo = _Memo() if numeric is None else _Memo([numeric])
@@ -108,7 +114,10 @@ def solve(
     assert numeric is not None
     if check:
         source.require_finite("b", b)
-    return _Solve.apply(values, b, source, numeric, vector, adjoint, failed)
+    dual = dual or in_dual_level()
+    if not (dual or _requires_grad(values, b)):
+        return _masked(numeric.solve(b, vector, adjoint), _either(numeric.failed, failed), vector)
+    return _Solve.apply(values, b, source, numeric, vector, adjoint, failed, dual)
 
 
 def matmul(source: Source, values: Tensor, x: Tensor, vector: bool, adjoint: bool, size: int) -> Tensor:
@@ -120,6 +129,10 @@ def matmul(source: Source, values: Tensor, x: Tensor, vector: bool, adjoint: boo
 def _sum_to(t: Tensor, shape: torch.Size) -> Tensor:
     """Undoes broadcasting."""
     return t if t.shape == shape else t.sum_to_size(shape)
+
+
+def _has_tangent(t: Tensor) -> bool:
+    return forward_ad.unpack_dual(t, level=0).tangent is not None
 
 
 def _primals(tensors: tuple[Tensor, ...]) -> list[Tensor]:
@@ -137,6 +150,16 @@ def _is_zero(g: Tensor, vector: bool) -> Tensor:
     return (g == 0).all(-1) if vector else (g == 0).flatten(-2).all(-1)
 
 
+def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a | b, where None is False."""
+    return b if a is None else a if b is None else a | b
+
+
+def _masked(x: Tensor, failed: Tensor | None, vector: bool) -> Tensor:
+    """NaN for the elements that failed."""
+    return x if failed is None else x.masked_fill(_like_solution(failed, vector), torch.nan)
+
+
 def silence(lam: Tensor, g: Tensor, failed: Tensor, vector: bool) -> Tensor:
     """The cotangent of elements that failed: zero where nothing comes in (a masked loss stays finite), else NaN."""
     silent = _is_zero(g, vector)
@@ -148,14 +171,15 @@ def silence(lam: Tensor, g: Tensor, failed: Tensor, vector: bool) -> Tensor:
 
 
 def _remember(
-    ctx: Any, values: Tensor, b: Tensor, x: Tensor, source: Source, vector: bool, adjoint: bool, save: bool
+    ctx: Any, values: Tensor, b: Tensor, x: Tensor, source: Source, vector: bool, adjoint: bool, save: bool, dual: bool
 ) -> None:
     if save:
         ctx.save_for_backward(values, x)
         ctx.detached = None
     else:  # the gradient of b needs the factor only: values and x may be changed in place
         ctx.detached = values.detach()
-    ctx.save_for_forward(values, b, x)
+    if dual:
+        ctx.save_for_forward(values, b, x)
     ctx.source, ctx.vector, ctx.adjoint, ctx.b_shape = source, vector, adjoint, b.shape
 
 
@@ -204,15 +228,14 @@ class _Solve(Function):
         vector: bool,
         adjoint: bool,
         failed: Tensor | None,
+        dual: bool,
     ) -> Tensor:
-        x = numeric.solve(b, vector, adjoint)
-        if numeric.failed is not None:
-            failed = numeric.failed if failed is None else numeric.failed | failed
-        if failed is not None:
-            x = x.masked_fill(_like_solution(failed, vector), torch.nan)
-        _remember(ctx, values, b, x, source, vector, adjoint, ctx.needs_input_grad[0] or not source.keep_factor)
+        failed = _either(numeric.failed, failed)
+        x = _masked(numeric.solve(b, vector, adjoint), failed, vector)
+        save = ctx.needs_input_grad[0] or not source.keep_factor
+        _remember(ctx, values, b, x, source, vector, adjoint, save, dual)
         ctx.numeric = numeric if source.keep_factor else None
-        ctx.failed = failed
+        ctx.failed, ctx.dual = failed, dual
         return x
 
     @staticmethod
@@ -221,13 +244,13 @@ class _Solve(Function):
         numeric = ctx.numeric if ctx.numeric is not None else ctx.source.find(values, raising=False)
         grad_values: Tensor | None
         grad_b: Tensor | None
-        if ctx.failed is not None or _differentiated():
+        if ctx.failed is not None or ctx.dual or _differentiated():
             if ctx.failed is not None and x is not None:
                 # zeros for the NaNs, so that a zero cotangent gives a zero gradient
                 x = x.masked_fill(_like_solution(ctx.failed, ctx.vector), 0.0)
 
             def solver(values: Tensor, g: Tensor, adjoint: bool) -> Tensor:
-                lam = solve(ctx.source, numeric, values, g, ctx.vector, adjoint)
+                lam = solve(ctx.source, numeric, values, g, ctx.vector, adjoint, dual=ctx.dual)
                 return lam if ctx.failed is None else silence(lam, g, ctx.failed, ctx.vector)
 
             grad_values, grad_b = _adjoint_rule(ctx, values, x, g, solver)
@@ -240,7 +263,7 @@ class _Solve(Function):
                 grad_values = _sum_to(ctx.source.convention.outer(u, w, vector), values.shape)
             if ctx.needs_input_grad[1]:
                 grad_b = _sum_to(lam, ctx.b_shape)
-        return grad_values, grad_b, None, None, None, None, None
+        return grad_values, grad_b, None, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, values_dot: Tensor | None, b_dot: Tensor | None, *_: Any) -> Tensor:
@@ -248,9 +271,9 @@ class _Solve(Function):
 
         def solver(values: Tensor, rhs: Tensor, adjoint: bool) -> Tensor:
             numeric = ctx.numeric if ctx.numeric is not None else ctx.source.find(values, raising=False)
-            return solve(ctx.source, numeric, values, rhs, ctx.vector, adjoint)
+            return solve(ctx.source, numeric, values, rhs, ctx.vector, adjoint, dual=ctx.dual)
 
-        if torch.is_grad_enabled() and (values.requires_grad or b.requires_grad):
+        if _requires_grad(values, b):
             # This early the output has no history yet: without it a backward pass through the tangent would miss
             # that x depends on values and b. One more solve gives an x that has.
             x = solver(values, b, ctx.adjoint)
@@ -282,7 +305,7 @@ class Solve(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         values, b, source, memo, vector, adjoint, _, _ = inputs
-        _remember(ctx, values, b, output, source, vector, adjoint, True)
+        _remember(ctx, values, b, output, source, vector, adjoint, True, True)
         ctx.memo = memo
 
     @staticmethod
@@ -398,7 +421,14 @@ class Outer(Function):
             t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
             for t, dim in zip((u, w), in_dims, strict=False)
         )
-        return Outer.apply(*front, *rest), 0
+        return _apply(Outer, *front, *rest), 0
+
+
+def _apply(function: type[Function], a: Tensor, b: Tensor, *rest: Any) -> Tensor:
+    """function.apply; at the bottom of the transforms, where nothing needs a derivative, at a tenth of its cost."""
+    if transformed() or _requires_grad(a, b) or _has_tangent(a) or _has_tangent(b):
+        return function.apply(a, b, *rest)
+    return function.forward(a, b, *rest)
 
 
 def _vmap_columns(
@@ -410,7 +440,7 @@ def _vmap_columns(
         # One matrix, many right-hand sides: more columns, [*P, n, k] x V -> [*P, n, k V].
         assert b_dim is not None
         b = b.movedim(b_dim, -1)
-        x = function.apply(values, b.flatten(-2), *rest)
+        x = _apply(function, values, b.flatten(-2), *rest)
         return x.unflatten(-1, b.shape[-2:]), x.dim()
     values = values.movedim(values_dim, 0)
     if b_dim is not None:
@@ -420,8 +450,10 @@ def _vmap_columns(
     values = values.reshape(values.shape[0], *[1] * -missing, *values.shape[1:])
     if b_dim is not None:
         b = b.reshape(b.shape[0], *[1] * missing, *b.shape[1:])
-    return function.apply(values, b, *rest), 0
+    return _apply(function, values, b, *rest), 0
 
 
 for _function in (_Solve, Solve, Matvec, Outer):
     hide(_function, "backward")
+for _function in (Solve, Matvec, Outer):  # torch asks for it at every call, and Python would make it anew: 15 us
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]

@@ -92,14 +92,16 @@ class Factorizer:
 
     # --- what the user asks for, arguments checked ---------------------------------------------------------------
 
-    def solve(self, values: Tensor, b: Tensor, adjoint: bool, numeric: NumericFactor | None = None) -> Tensor:
-        """`SparseSystem.solve`; numeric: the factor of values, where the caller has it."""
+    def solve(
+        self, values: Tensor, b: Tensor, adjoint: bool, numeric: NumericFactor | None = None, dual: bool = False
+    ) -> Tensor:
+        """`SparseSystem.solve`; numeric: the factor of values, where the caller has it; dual: see `autograd.solve`."""
         vector = self.check_arguments(values, b)
         if values.numel() == 0 or b.numel() == 0:
             return self.empty(values, b, vector, self.checks)
         if numeric is None and not transformed():
             numeric = self.find(values)
-        return autograd.solve(self, numeric, values, b, vector, adjoint, None, self.checks)
+        return autograd.solve(self, numeric, values, b, vector, adjoint, None, self.checks, dual)
 
     def solve_ex(self, values: Tensor, b: Tensor, check_errors: bool) -> tuple[Tensor, Tensor]:
         """`SparseSystem.solve_ex`."""

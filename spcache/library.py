@@ -262,7 +262,7 @@ def traced_solve(
         numeric = None if given is None else handles.factor_of(given)
         if numeric is not None and not (transformed() or numeric.same_values(plain(values.detach()))):
             raise RuntimeError(MODIFIED)
-        return handles.system_of(system).solve(values, b, adjoint, numeric)
+        return handles.system_of(system).solve(values, b, adjoint, numeric, dual=True)
     source = Traced(system, given, keep_factor, checks)
     return autograd.Solve.apply(values, b, source, [], vector, adjoint, True, False)
 

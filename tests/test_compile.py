@@ -813,7 +813,10 @@ def test_dual_numbers_inside_of_compiled_code(case, backend):
 
         return f
 
-    close(compiled(tangent(problem.system().solve), backend)(v, b), tangent(problem.reference)(v, b))
+    system = problem.system()
+    close(compiled(tangent(system.solve), backend)(v, b), tangent(problem.reference)(v, b))
+    both = torch.stack([v, 2 * v]), torch.stack([b, 3 * b])
+    close(compiled(tangent(vmap(system.solve)), backend)(*both), tangent(vmap(problem.reference))(*both))
 
 
 @warm_or_not
