@@ -229,11 +229,11 @@ def recorded() -> bool:
     Raises:
         RuntimeError: by torch.jit.trace, which would record the numbers of this run.
     """
-    if torch.compiler.is_compiling() or traced():
+    if torch.compiler.is_compiling():
         return True
     if torch.jit.is_tracing():
         raise RuntimeError("torch.jit.trace cannot record a sparse solve; use torch.compile or torch.export")
-    return False
+    return traced()
 
 
 def is_vector(values: Tensor, b: Tensor) -> bool:

@@ -62,8 +62,8 @@ else:
         t = torch.empty(0)
         try:
             forward_ad.make_dual(t, t)
-        except RuntimeError:  # outside of a level there are no dual numbers
-            return False
+        except RuntimeError as error:  # what else may be wrong: operators cannot make dual numbers
+            return "enter_dual_level" not in str(error)
         return True
 
 
@@ -116,7 +116,8 @@ def version(t: Tensor) -> int | None:
     return getattr(t, "_version", None)
 
 
-# () -> bool: whether operations take tangents along: not inside of a Function's rules.
+# () -> bool: whether operations take tangents along: not inside of a Function's rules. An operator cannot find out by
+# public means; the substitute says yes, so that recorded forward mode (make_fx, torch.func.linearize) is refused.
 forward_mode_on: Callable[[], bool] = getattr(forward_ad, "_is_fwd_grad_enabled", lambda: True)
 
 # () -> int: how many modes (fake tensors, make_fx, the user's) see every operation.
