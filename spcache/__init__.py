@@ -2,10 +2,11 @@
 
 from .errors import EngineUnavailableError, NotPositiveDefiniteError, SingularMatrixError, SpcacheError
 from .factor import Factor
-from .functional import solve
+from .functional import matmul, solve, solve_triangular
 from .plans import plan_cache
 from .stats import Stats
 from .system import SparseSystem
+from .version import __version__ as __version__
 
 __all__ = [
     "EngineUnavailableError",
@@ -15,7 +16,8 @@ __all__ = [
     "SparseSystem",
     "SpcacheError",
     "Stats",
+    "matmul",
     "plan_cache",
     "solve",
+    "solve_triangular",
 ]
-__version__ = "0.1.0"

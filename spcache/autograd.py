@@ -19,6 +19,10 @@ both linear in each of their arguments, and each the derivative of the other:
 (for y = L(v)^H x: grad v = -outer(x, g), grad x = matvec(v, g)). So the operations factor, solve, outer and matvec are
 closed under differentiation: `Solve` calls `Outer` and `Matvec` and itself, and every higher derivative follows.
 
+Least squares. x minimizes |A x - b| where r = b - A x is orthogonal to the columns of A: r + A x = f, A^H r = g with
+f = b and g = 0. With any g this augmented system is its own adjoint, so that (rho, xi), its solution for the cotangents
+of (r, x), are the gradients of f and g, and grad A = -rho x^H - r xi^H (Golub and Pereyra 1973, eq. 4.12: g = 0).
+
 Front ends. All of them are the same rules over a `Source`, which has the four operations:
 
     eager            `_Solve`, context style, the cheapest; first-order backward passes, which nobody differentiates
@@ -48,7 +52,7 @@ if TYPE_CHECKING:
     from .convention import Convention
     from .factor import NumericFactor
 
-__all__ = ["Matvec", "Outer", "Solve", "Source", "matmul", "silence", "solve"]
+__all__ = ["LeastSquares", "Matvec", "Outer", "Solve", "Source", "matmul", "silence", "solve"]
 
 
 def _requires_grad(a: Tensor, b: Tensor) -> bool:
@@ -424,6 +428,34 @@ class Outer(Function):
         return _apply(Outer, *front, *rest), 0
 
 
+class LeastSquares(Function):
+    """(r, x) with r + A x = f, A^H r = g by `solver(f, g)`; f, r are [m] or [m, k], g, x are [n] or [n, k]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        f: Tensor,
+        g: Tensor,
+        source: Source,
+        solver: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        r, x = solver(f, g)
+        ctx.save_for_backward(values, r, x)
+        ctx.source, ctx.solver = source, solver
+        return r, x
+
+    @staticmethod
+    def backward(ctx: Any, grad_r: Tensor, grad_x: Tensor) -> Any:
+        values, r, x = ctx.saved_tensors
+        rho, xi = LeastSquares.apply(values, grad_r, grad_x, ctx.source, ctx.solver)
+        grad_values = None
+        if ctx.needs_input_grad[0]:
+            vector, nnz = x.dim() == 1, values.shape[-1]
+            grad_values = Outer.apply(rho, x, ctx.source, vector, nnz) + Outer.apply(r, xi, ctx.source, vector, nnz)
+        return grad_values, rho, xi, None, None
+
+
 def _apply(function: type[Function], a: Tensor, b: Tensor, *rest: Any) -> Tensor:
     """function.apply; at the bottom of the transforms, where nothing needs a derivative, at a tenth of its cost."""
     if transformed() or _requires_grad(a, b) or _has_tangent(a) or _has_tangent(b):
@@ -453,7 +485,7 @@ def _vmap_columns(
     return _apply(function, values, b, *rest), 0
 
 
-for _function in (_Solve, Solve, Matvec, Outer):
+for _function in (_Solve, Solve, Matvec, Outer, LeastSquares):
     hide(_function, "backward")
 for _function in (Solve, Matvec, Outer):  # torch asks for it at every call, and Python would make it anew: 15 us
     _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]

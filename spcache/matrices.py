@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from .pattern import Pattern
 
 __all__ = ["MatrixKey", "entries_of", "values_in_order"]
 
-_COMPRESSED = {torch.sparse_csr: (0, 1), torch.sparse_csc: (1, 0)}
+_COMPRESSED = {torch.sparse_csr: 0, torch.sparse_csc: 1}  # the dimension that is compressed
 
 
 class Entries(NamedTuple):
@@ -40,8 +41,11 @@ class Entries(NamedTuple):
         return np.stack([expanded, plain] if self.compressed == 0 else [plain, expanded])
 
 
-def entries_of(A: Any) -> Entries:
+def entries_of(A: Any, batched: bool = False) -> Entries:
     """The entries of a two-dimensional sparse matrix: torch COO, CSR, CSC, or SciPy. Uncoalesced COO is coalesced.
+
+    Args:
+        batched: A may be a batch [B, m, n], of any patterns; it becomes one block-diagonal matrix [B m, B n].
 
     Raises:
         TypeError: A is not sparse, or in a layout that is not served.
@@ -50,19 +54,31 @@ def entries_of(A: Any) -> Entries:
     if isinstance(A, Tensor):
         if A.layout is torch.strided:
             raise TypeError("A must be a sparse matrix, got a dense tensor; convert it: A.to_sparse()")
-        if A.dim() != 2:
-            raise ValueError(f"A must be two-dimensional, got shape {tuple(A.shape)}")
-        shape = (A.shape[0], A.shape[1])
+        if A.dim() != 2 and not (batched and A.dim() == 3):
+            raise ValueError(f"A must be two-dimensional{', or a batch' * batched}, got shape {tuple(A.shape)}")
+        if A.dense_dim():
+            raise ValueError(f"A must have sparse dimensions only, got {A.dense_dim()} dense")
+        *batch, m, n = A.shape
+        blocks = math.prod(batch)
+        shape = (blocks * m, blocks * n)
         if A.layout is torch.sparse_coo:
-            if A.dense_dim():
-                raise ValueError(f"A must have two sparse dimensions, got {A.sparse_dim()} and {A.dense_dim()} dense")
             A = A.coalesce()
-            row, column = A.indices().cpu().numpy()
+            *block, row, column = A.indices().cpu().numpy()
+            if block:
+                row, column = block[0] * m + row, block[0] * n + column
             return Entries(shape, (row, column), None, A.values())
-        if A.layout is torch.sparse_csr:
-            return Entries(shape, (A.crow_indices().cpu().numpy(), A.col_indices().cpu().numpy()), 0, A.values())
-        if A.layout is torch.sparse_csc:
-            return Entries(shape, (A.ccol_indices().cpu().numpy(), A.row_indices().cpu().numpy()), 1, A.values())
+        if A.layout in _COMPRESSED:
+            compressed = _COMPRESSED[A.layout]
+            if compressed == 0:
+                pointers, plain = A.crow_indices(), A.col_indices()
+            else:
+                pointers, plain = A.ccol_indices(), A.row_indices()
+            if batch:
+                block = torch.arange(blocks, device=plain.device)[:, None]
+                ends = torch.tensor([plain.numel()], device=plain.device)
+                pointers = torch.cat([(pointers[:, :-1] + block * plain.shape[-1]).flatten(), ends])
+                plain = (plain + block * (n if compressed == 0 else m)).flatten()
+            return Entries(shape, (pointers.cpu().numpy(), plain.cpu().numpy()), compressed, A.values().flatten())
         raise TypeError(f"A must be sparse COO, CSR or CSC, got layout {A.layout}")
     if hasattr(A, "tocoo"):
         if A.ndim != 2:

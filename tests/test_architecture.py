@@ -17,8 +17,11 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # From top to bottom; a module imports from lines below its own only (docs/architecture.md).
 LEVELS = [
     ["__init__"],
-    ["compat", "functional"],
-    ["system", "_operators", "_lstsq", "_matmul", "_triangular"],
+    ["compat.sparse_solver", "compat.torchsparsegradutils", "compat.dprox", "compat.torch_sparse_solve"],
+    ["compat"],
+    ["_lstsq"],
+    ["functional", "_operators"],
+    ["system"],
     ["factorizer"],
     ["factor"],
     ["library"],
@@ -29,7 +32,7 @@ LEVELS = [
     ["engines"],
     ["engines.multifrontal", "engines.klu", "engines.cudss"],
     ["memory", "dynamo", "torch_private", "engines.protocol", "_pattern", "engines._multifrontal", "engines._klu"],
-    ["errors"],
+    ["errors", "version"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
