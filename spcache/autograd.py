@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from .convention import Convention
     from .factor import NumericFactor
 
-__all__ = ["LeastSquares", "Matvec", "Outer", "Solve", "Source", "matmul", "silence", "solve"]
+__all__ = ["LeastSquares", "Matvec", "Memo", "Outer", "Solve", "Source", "matmul", "silence", "solve"]
 
 
 def _requires_grad(a: Tensor, b: Tensor) -> bool:
@@ -80,7 +80,7 @@ class Source(Protocol):
     def find(self, values: Tensor, raising: bool | None = None) -> NumericFactor:
         """The factor of values that can be read, found or made; raises as `SparseSystem.solve` does, or never."""
 
-    def recall(self, memo: list[Any], values: Tensor, b: Tensor) -> Any:
+    def recall(self, memo: Memo, values: Tensor, b: Tensor) -> Any:
         """The factor of values, from memo or found; b is what it is needed for."""
 
     def run(
@@ -113,7 +113,7 @@ def solve(
         dual: there may be tangents, even if `in_dual_level` denies it: compiled code enters levels without a word.
     """
     if transformed():
-        memo = _Memo() if numeric is None else _Memo([numeric])
+        memo = Memo(() if numeric is None else (numeric,))
         return Solve.apply(values, b, source, memo, vector, adjoint, check, False)
     assert numeric is not None
     if check:
@@ -284,9 +284,17 @@ class _Solve(Function):
         return _tangent_rule(ctx, values, x, values_dot, b_dot, solver)
 
 
-class _Memo(list[Any]):
+class Memo(list[Any]):
     """The factors that serve a solve and its derivatives. Not a plain list: torch.func takes those apart and makes new
-    ones, so that what was added would be lost."""
+    ones, so that what was added would be lost.
+
+    Attributes:
+        given: it began with a factor, which must be that of the values.
+    """
+
+    def __init__(self, factors: tuple[Any, ...]):
+        super().__init__(factors)
+        self.given = bool(factors)
 
 
 class Solve(Function):
@@ -298,7 +306,7 @@ class Solve(Function):
         values: Tensor,
         b: Tensor,
         source: Source,
-        memo: list[Any],
+        memo: Memo,
         vector: bool,
         adjoint: bool,
         check: bool,
@@ -341,12 +349,18 @@ class Solve(Function):
         values: Tensor,
         b: Tensor,
         source: Source,
-        memo: list[Any],
+        memo: Memo,
         vector: bool,
         *rest: Any,
     ) -> tuple[Tensor, int]:
         b = b.unsqueeze(-1) if vector else b
-        x, dim = _vmap_columns(Solve, in_dims, values, b, source, memo, False, *rest)
+        adjoint, check, cotangent = rest
+        apart = cotangent and not source.checks and in_dims[0] is None  # a factor, many b: each is silenced by itself
+        x, dim = _vmap_columns(Solve, in_dims, values, b, source, memo, False, adjoint, check, cotangent and not apart)
+        if apart:
+            b, x, dim = b.movedim(in_dims[1] or 0, 0), x.movedim(dim, 0), 0
+            silent = _like_solution(_is_zero(b, False), False)
+            x = torch.where(torch.isnan(x) & silent, torch.zeros_like(x), x)
         if not vector:
             return x, dim
         return (x.squeeze(-1), 0) if dim == 0 else (x.squeeze(-2), dim - 1)

@@ -10,6 +10,7 @@ import torch
 
 __all__ = [
     "EngineUnavailableError",
+    "NotConvergedError",
     "NotPositiveDefiniteError",
     "SingularMatrixError",
     "SpcacheError",
@@ -42,9 +43,32 @@ class _FactorizationError(SpcacheError, torch.linalg.LinAlgError):
         return type(self), (*self.args, self.column, self.batch)
 
 
+# of a `Factor`
+MODIFIED = (
+    "values were modified after factorize(): this factor belongs to the old ones. Factorize again, or factorize a clone"
+)
+
+
 class NotPositiveDefiniteError(_FactorizationError):
     """A Cholesky factorization met a pivot that is not positive."""
 
 
 class SingularMatrixError(_FactorizationError):
     """The matrix is singular, structurally or to working precision."""
+
+
+class NotConvergedError(SpcacheError, RuntimeError):
+    """An iterative method did not reach its tolerance.
+
+    Attributes:
+        x: what it reached.
+        status: what became of each right-hand side, a `spcache.iterative.Status`.
+    """
+
+    def __init__(self, message: str, x: torch.Tensor | None = None, status: Any = None):
+        super().__init__(message)
+        self.x = x
+        self.status = status
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (*self.args, self.x, self.status)

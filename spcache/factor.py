@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from ._pattern import Assembly, Loan, ValuesCopy
 from .engines.protocol import DTYPE_CODES, Failure, Storage, SymbolicFactor
+from .errors import MODIFIED
 from .handles import factor_handle
-from .library import MODIFIED, is_vector, recorded, traced_solve
+from .library import is_vector, recorded, traced_solve
 from .memory import plain
 from .stats import Stats
-from .torch_private import version
+from .torch_private import transformed
 
 if TYPE_CHECKING:
     from .factorizer import Factorizer
@@ -74,6 +76,11 @@ class NumericFactor:
     def solve(self, b: Tensor, vector: bool, adjoint: bool) -> Tensor:
         """A^-1 b (adjoint: A^-H b) without derivatives; b is [*P, n] if vector, else [*P, n, k], P broadcast with the
         batch. NaN where a matrix has no factor."""
+        if b.dtype != self.dtype:
+            raise RuntimeError(
+                f"the factor is of {self.dtype}, the right-hand side of {b.dtype}: the values were converted after "
+                f"they were used (module.to, tensor.data); solve again with the new ones"
+            )
         own = 1 if vector else 2
         lead, factors, index = b.shape[:-own], 0, None
         if self.batch_shape and lead != self.batch_shape:
@@ -176,7 +183,7 @@ class Factor:
     """A factorization that the user holds: solves with it any number of times, differentiably in values and b.
 
     Made by `SparseSystem.factorize`. It stays valid whatever the system does later. The values tensor is kept, because
-    the gradient flows to it; changed in place, it no longer is what was factorized and `solve` refuses.
+    the gradient flows to it; each `solve` compares it with what was factorized, and refuses if it was changed.
 
     Attributes:
         info: [*B; int32] status of each matrix: 0, or k > 0 where column k (counted from 1) had no pivot,
@@ -191,8 +198,6 @@ class Factor:
         self._handle = None if numeric is None else factor_handle(numeric)
         self._values = values
         self._flags = factorizer.keep_factor, factorizer.checks
-        self._watched = numeric is not None and not values.is_inference()
-        self._made_at = version(values) if self._watched else None
 
     def __repr__(self) -> str:
         if self._numeric is None:
@@ -224,26 +229,30 @@ class Factor:
     def solve(self, b: Tensor, *, adjoint: bool = False) -> Tensor:
         """x = A^-1 b, with adjoint=True x = A^-H b. Shapes, errors and gradients as `SparseSystem.solve`.
 
-        Cost: one triangular solve, no factorization.
+        Cost: one comparison of the values and one triangular solve, no factorization.
 
         Raises:
-            RuntimeError: the values were changed in place after `factorize`.
+            RuntimeError: the values were changed after `factorize`.
         """
         values = self._values
         if recorded():
             return traced_solve(
                 self._system, self._handle, values, b, is_vector(values, b), bool(adjoint), *self._flags
             )
-        if self._watched and self._modified():
-            raise RuntimeError(MODIFIED)
-        return self._factorizer.solve(values, b, bool(adjoint), self._numeric)
+        numeric = self._numeric
+        if numeric is not None and not transformed() and not numeric.same_values(plain(values.detach())):
+            raise RuntimeError(MODIFIED)  # under a transform it is found out below
+        return self._factorizer.solve(values, b, bool(adjoint), numeric)
 
-    def _modified(self) -> bool:
-        now = version(self._values)
-        if now is not None:
-            return now != self._made_at
-        assert self._numeric is not None
-        return not self._numeric.same_values(plain(self._values.detach()))
+    def __copy__(self) -> Factor:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Factor:
+        """Shares the numbers, which nobody can change."""
+        return Factor(self._factorizer, self._system, self._numeric, copy.deepcopy(self._values, memo))
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Factor cannot be pickled; pickle the SparseSystem and the values, and factorize them again")
 
 
 def describe(failure: Failure, kind: str) -> str:

@@ -18,7 +18,7 @@ from .autograd import silence
 from .convention import CONJUGATED, NONE, TRANSPOSED, Convention
 from .dynamo import hide
 from .engines import DTYPE_CODES, engine_for
-from .errors import EngineUnavailableError, NotPositiveDefiniteError, SingularMatrixError
+from .errors import MODIFIED, EngineUnavailableError, NotPositiveDefiniteError, SingularMatrixError
 from .factor import NumericFactor, Pool, describe
 from .memory import plain
 from .pattern import Contributions, Pattern
@@ -167,11 +167,13 @@ class Factorizer:
             self._raise(held)
         return held
 
-    def recall(self, memo: list[NumericFactor], values: Tensor, b: Tensor) -> NumericFactor:
+    def recall(self, memo: autograd.Memo, values: Tensor, b: Tensor) -> NumericFactor:
         """The factor of values from memo, by exact comparison, or found and put there."""
         values = plain(values.detach())
         numeric = next((f for f in memo if f.same_values(values)), None)
         if numeric is None:
+            if memo.given:
+                raise RuntimeError(MODIFIED)
             numeric = self.find(values)
             if self.keep_factor:
                 memo.append(numeric)

@@ -14,6 +14,7 @@ from .dynamo import hide
 from .handles import system_handle
 from .library import is_vector, operator, recorded, traced_solve
 from .matrices import Entries, MatrixKey, entries_of
+from .memory import read
 from .plans import plan_cache
 from .system import SparseSystem
 
@@ -200,7 +201,7 @@ def _find(indices: Tensor, n: int, kind: str) -> SparseSystem:
     """The system of a pair's indices."""
     if indices.layout is not torch.strided or indices.dim() != 2 or indices.shape[0] != 2:
         raise ValueError(f"indices must be a dense tensor of shape (2, nnz), got {tuple(indices.shape)}")
-    row, column = indices.detach().cpu().numpy()
+    row, column = read(indices, lambda t: t.detach().cpu().numpy())
     return system_of(Entries((n, n), (row, column), None, indices), kind)
 
 

@@ -3,14 +3,15 @@
 A handle is a CPU tensor of one int64 whose *storage* owns the object: it lives exactly as long as some tensor of that
 storage does, saved for a backward pass or in a compiled graph's hands. Nothing here keeps an object alive.
 
-- A system's handle contains a number that no other system of the process has, so that copies of the tensor find it too.
+- A system's handle contains a random number, so that copies of the tensor find it too, and a copy that was saved and
+  loaded in another process finds nothing there.
 - A factor's handle contains zero, whatever the factor: tools compare the outputs of an operation that ran twice. It is
   found by its address, and a copy of it is not found.
 """
 
 from __future__ import annotations
 
-import itertools
+import secrets
 import weakref
 from typing import Any
 
@@ -27,7 +28,6 @@ class _Memory(np.ndarray):
     payload: Any
 
 
-_numbers = itertools.count(1)
 _systems: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # number -> system
 _factors: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictionary()  # address -> memory
 
@@ -43,7 +43,7 @@ def system_handle(system: Any) -> Tensor:
     """[1; int64] a handle that owns `system`; each call makes another, all with the same content."""
     number = getattr(system, "_handle_number", None)
     if number is None:
-        number = system._handle_number = next(_numbers)
+        number = system._handle_number = secrets.randbits(63)
         _systems[number] = system
     return _handle(system, number)[0]
 

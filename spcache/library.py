@@ -22,15 +22,11 @@ from torch.nn import Parameter
 from . import autograd, handles
 from .convention import Convention
 from .dynamo import in_graph
+from .errors import MODIFIED
 from .memory import plain
 from .torch_private import below_autograd, dispatch_modes, forward_mode_on, in_dual_level, traced, transformed
 
-__all__ = ["MODIFIED", "Traced", "is_vector", "operator", "recorded", "traced_matmul", "traced_solve"]
-
-MODIFIED = (
-    "values were modified in place after factorize(): this factor belongs to the old ones. "
-    "Factorize again, or factorize a clone"
-)
+__all__ = ["Traced", "is_vector", "operator", "recorded", "traced_matmul", "traced_solve"]
 
 
 def _refuse_dual_level() -> None:
@@ -38,9 +34,9 @@ def _refuse_dual_level() -> None:
     the `forward` of a Function, where torch switches forward mode off, they are taken care of."""
     if in_dual_level() and forward_mode_on():
         raise RuntimeError(
-            "code compiled by torch.compile was called inside a forward-mode level (forward_ad.dual_level or "
-            "torch.func.jvp): its tangents would be lost. Differentiate inside of the compiled function, or call the "
-            "function without torch.compile"
+            "recorded code (torch.compile, torch.export, make_fx) was called while a forward-mode level is open "
+            "(forward_ad.dual_level or torch.func.jvp, in any thread): its tangents would be lost. Differentiate "
+            "inside of the function that is recorded, or call the function itself"
         )
 
 
@@ -166,7 +162,7 @@ class Traced:
     def find(self, values: Tensor, raising: bool | None = None) -> Any:
         raise NotImplementedError("under torch.compile factors are found by `recall`")
 
-    def recall(self, memo: list[Any], values: Tensor, b: Tensor) -> Tensor:
+    def recall(self, memo: autograd.Memo, values: Tensor, b: Tensor) -> Tensor:
         """Calls that agree in their arguments become one in the compiler's hands, so that the backward pass finds the
         factor of the forward pass; unless it depends on the incoming gradient, which is when it is made anew."""
         return memo[0] if memo else _ops.factor(values, self.system, self.given, None if self.keep_factor else b)
@@ -217,7 +213,9 @@ def _differentiable(
         torch.library.register_autograd(f"spcache::{name}", rules.backward, setup_context=remember)
 
 
-_differentiable("solve", _solve, autograd.Solve, lambda v, b, system, f, *rest: (v, b, Traced(system), [f], *rest))
+_differentiable(
+    "solve", _solve, autograd.Solve, lambda v, b, system, f, *rest: (v, b, Traced(system), autograd.Memo((f,)), *rest)
+)
 _differentiable("matvec", _matvec, autograd.Matvec, lambda v, x, system, *rest: (v, x, Traced(system), *rest))
 _differentiable("outer", _outer, autograd.Outer, lambda u, w, system, *rest: (u, w, Traced(system), *rest))
 
@@ -229,7 +227,7 @@ def recorded() -> bool:
     Raises:
         RuntimeError: by torch.jit.trace, which would record the numbers of this run.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():  # `is_compiling` is true in every thread while one of them compiles
         return True
     if torch.jit.is_tracing():
         raise RuntimeError("torch.jit.trace cannot record a sparse solve; use torch.compile or torch.export")
@@ -264,7 +262,7 @@ def traced_solve(
             raise RuntimeError(MODIFIED)
         return handles.system_of(system).solve(values, b, adjoint, numeric, dual=True)
     source = Traced(system, given, keep_factor, checks)
-    return autograd.Solve.apply(values, b, source, [], vector, adjoint, True, False)
+    return autograd.Solve.apply(values, b, source, autograd.Memo(()), vector, adjoint, True, False)
 
 
 @in_graph

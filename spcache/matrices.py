@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .memory import read
 from .pattern import Pattern
 
 __all__ = ["MatrixKey", "entries_of", "values_in_order"]
@@ -63,7 +64,7 @@ def entries_of(A: Any, batched: bool = False) -> Entries:
         shape = (blocks * m, blocks * n)
         if A.layout is torch.sparse_coo:
             A = A.coalesce()
-            *block, row, column = A.indices().cpu().numpy()
+            *block, row, column = read(A, lambda A: A.indices().cpu().numpy())
             if block:
                 row, column = block[0] * m + row, block[0] * n + column
             return Entries(shape, (row, column), None, A.values())

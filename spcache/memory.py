@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.nn import Parameter
 
-__all__ = ["plain"]
+from .torch_private import transformed
+
+__all__ = ["plain", "read"]
 
 _LOW = 1 << 40  # no storage is larger
 
@@ -39,3 +46,33 @@ def plain(t: Tensor) -> Tensor:
             f"its storage was freed; pass a plain tensor"
         )
     return t
+
+
+class _Below(Function):
+    """In its `forward` tensors are plain, whatever transform is active."""
+
+    @staticmethod
+    def forward(t: Tensor, look: Callable[[Tensor], Any], found: _Found) -> Tensor:
+        found.what = look(t)
+        return torch.empty(0, device="cpu")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def vmap(*_: Any) -> NoReturn:
+        raise ValueError("indices must not be batched by vmap: a system has one pattern")
+
+
+class _Found:
+    what: Any
+
+
+def read(t: Tensor, look: Callable[[Tensor], Any]) -> Any:
+    """look(t), where `look` needs t's numbers: also inside of torch.func transforms, for which they are constants."""
+    if not transformed():
+        return look(t)
+    found = _Found()
+    _Below.apply(t, look, found)
+    return found.what

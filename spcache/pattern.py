@@ -10,6 +10,7 @@ import torch
 
 from ._pattern import Entries, compress
 from .engines.protocol import Structure
+from .memory import read
 
 __all__ = ["Contributions", "Pattern", "lazy"]
 
@@ -92,12 +93,6 @@ class Pattern:
         entries.pair(self.n, lower.structure.indptr, lower.structure.indices, lower.slots)
         return entries
 
-    def index_tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows and columns as int64 tensors [nnz], for torch's own gathers (older torch takes no int32 under vmap).
-        Made anew at each call: a tensor made inside a torch.func transform must not outlive it."""
-        rows, columns = torch.from_numpy(self.rows), torch.from_numpy(self.columns)
-        return rows.to(device, torch.int64), columns.to(device, torch.int64)
-
     @lazy
     def stored(self) -> Contributions:
         """The structure as the caller stores it."""
@@ -159,7 +154,7 @@ def _rows_and_columns(indices: Any, m: int, n: int) -> tuple[np.ndarray, np.ndar
             raise TypeError(f"indices must be a dense (strided) tensor, got layout {indices.layout}")
         if indices.is_meta:
             raise TypeError("indices must have data, got a tensor on the meta device")
-        indices = indices.detach().cpu().numpy()
+        indices = read(indices, lambda t: t.detach().cpu().numpy())
     elif not isinstance(indices, np.ndarray):
         raise TypeError(f"indices must be a torch tensor or a NumPy array, got {type(indices).__name__}")
     if indices.dtype.kind not in "iu":

@@ -22,7 +22,6 @@ __all__ = [
     "in_forward_mode",
     "traced",
     "transformed",
-    "version",
 ]
 
 
@@ -108,12 +107,6 @@ except ImportError:
         except RuntimeError:  # a number would become a constant: torch refuses
             return True
         return False
-
-
-def version(t: Tensor) -> int | None:
-    """A number that every change of t in place changes; None where torch has none. Inference tensors have none, and
-    raise."""
-    return getattr(t, "_version", None)
 
 
 # () -> bool: whether operations take tangents along: not inside of a Function's rules. An operator cannot find out by

@@ -76,20 +76,8 @@ def test_recorded_forward_mode_is_refused_where_it_cannot_be_told_apart(monkeypa
         linearize(problem.system().solve, problem.values, problem.rhs(5))
 
 
-def test_values_that_have_no_version_are_compared(monkeypatch):
-    monkeypatch.setattr(spcache.factor, "version", lambda t: None)
-    problem = make(GENERAL, 5)
-    values, b = problem.values.clone(), problem.rhs(5)
-    factor = problem.system().factorize(values)
-    values *= 1.0
-    factor.solve(b)  # the same numbers
-    values *= 2.0
-    with pytest.raises(RuntimeError, match="values were modified in place"):
-        factor.solve(b)
-
-
 def test_nothing_is_missing_in_this_torch():
     """The other tests of this process run on the names themselves."""
-    assert {"WITHOUT"}.isdisjoint(os.environ) and torch_private.version(torch.zeros(1)) == 0
+    assert "WITHOUT" not in os.environ
     assert torch_private.below_autograd is torch._C._AutoDispatchBelowAutograd
     assert torch_private.forward_mode_on is torch.autograd.forward_ad._is_fwd_grad_enabled
