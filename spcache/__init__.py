@@ -1,6 +1,15 @@
 """Sparse linear systems inside PyTorch, solved again and again: one analysis, cached factors, exact gradients."""
 
-from .errors import EngineUnavailableError, NotPositiveDefiniteError, SingularMatrixError, SpcacheError
+from . import iterative
+from ._lstsq import lstsq
+from ._operators import solve_operator
+from .errors import (
+    EngineUnavailableError,
+    NotConvergedError,
+    NotPositiveDefiniteError,
+    SingularMatrixError,
+    SpcacheError,
+)
 from .factor import Factor
 from .functional import matmul, solve, solve_triangular
 from .plans import plan_cache
@@ -11,13 +20,17 @@ from .version import __version__ as __version__
 __all__ = [
     "EngineUnavailableError",
     "Factor",
+    "NotConvergedError",
     "NotPositiveDefiniteError",
     "SingularMatrixError",
     "SparseSystem",
     "SpcacheError",
     "Stats",
+    "iterative",
+    "lstsq",
     "matmul",
     "plan_cache",
     "solve",
+    "solve_operator",
     "solve_triangular",
 ]

@@ -1,0 +1,126 @@
+"""`spcache.lstsq`: against dense least squares, its gradients, real matrices, bad input."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+import spcache
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+both_methods = pytest.mark.parametrize("method", ["lsmr", "direct"])
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128], ids=str
+)
+
+
+def tall(m=12, n=5, dtype=torch.float64):
+    """Indices, values, and the dense matrix as a function of them."""
+    mask = torch.rand(m, n) < 0.6
+    mask[:n] |= torch.eye(n, dtype=torch.bool)
+    indices = mask.nonzero().T
+    values = torch.randn(indices.shape[1], dtype=dtype) + 2 * (indices[0] == indices[1])
+
+    def dense(v):
+        return v.new_zeros(m * n).index_add(0, indices[0] * n + indices[1], v).view(m, n)
+
+    def sparse(v):
+        return torch.sparse_coo_tensor(indices, v, (m, n), is_coalesced=True)
+
+    return values, dense, sparse
+
+
+def close(actual, expected, c):
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+    assert (actual - expected).abs().max() <= c * torch.finfo(expected.dtype).eps * expected.abs().max()
+
+
+@every_dtype
+@both_methods
+def test_lstsq(method, dtype):
+    values, dense, sparse = tall(dtype=dtype)
+    for shape in (12,), (12, 3):
+        b = torch.randn(shape, dtype=dtype)
+        x = spcache.lstsq(sparse(values), b, method=method)
+        expected = torch.linalg.pinv(dense(values)) @ b
+        close(x, expected, 1000)
+
+
+@both_methods
+def test_gradients(method):
+    """Golub and Pereyra (1973) hold for residuals that are not small."""
+    values, dense, sparse = tall()
+    values.requires_grad_()
+    b = torch.randn(12, 2, dtype=torch.float64, requires_grad=True)
+
+    def reference(v, b):
+        A = dense(v)
+        return torch.linalg.solve(A.mH @ A, A.mH @ b)
+
+    x, expected = spcache.lstsq(sparse(values), b, method=method), reference(values, b)
+    assert (dense(values) @ x - b).norm() > 0.1 * b.norm()
+    g = torch.randn_like(expected)
+    for a, e in zip(*(torch.autograd.grad(y, (values, b), g) for y in (x, expected)), strict=True):
+        close(a, e, 1e5)
+
+
+@both_methods
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_finite_differences(dtype, method):
+    values, _, sparse = tall(4, 2, dtype)
+    b = torch.randn(4, dtype=dtype, requires_grad=True)
+    values.requires_grad_()
+
+    def f(v, b):
+        return spcache.lstsq(sparse(v), b, method=method)
+
+    assert gradcheck(f, (values, b)) and gradgradcheck(f, (values, b))
+
+
+@both_methods
+def test_a_sparse_gradient(method):
+    values, _, sparse = tall()
+    A = sparse(values).to_sparse_csr().requires_grad_()
+    spcache.lstsq(A, torch.randn(12).double(), method=method).sum().backward()
+    assert A.grad.layout is torch.sparse_csr and torch.equal(A.grad.col_indices(), A.col_indices())
+
+
+def test_direct_analyzes_once():
+    values, _, sparse = tall()
+    misses = []
+    for k in range(1, 4):
+        spcache.lstsq(sparse(values * k), torch.randn(12).double(), method="direct")
+        misses.append(spcache.plan_cache.info().misses)
+    assert misses[0] == misses[1] == misses[2]
+
+
+def test_an_iteration_that_does_not_converge():
+    values, _, sparse = tall()
+    with pytest.raises(spcache.NotConvergedError):
+        spcache.lstsq(sparse(values), torch.randn(12).double(), maxiter=1)
+    assert spcache.lstsq(sparse(values), torch.randn(12).double(), maxiter=1, check=False).shape == (5,)
+
+
+def test_a_rank_that_is_not_full():
+    A = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]], dtype=torch.float64)
+    A = torch.sparse_coo_tensor(torch.ones(3, 2).nonzero().T, A.flatten(), (3, 2), is_coalesced=True)
+    with pytest.raises(spcache.SingularMatrixError):
+        spcache.lstsq(A, torch.ones(3).double(), method="direct")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((torch.eye(3)[:2].to_sparse(), torch.ones(2)), {}, ValueError, "at least as many rows as columns, got shape .2, 3."),
+        ((torch.eye(3), torch.ones(3)), {}, TypeError, "A must be a sparse matrix, got a dense tensor"),
+        ((torch.eye(3).to_sparse(), torch.ones(2)), {}, ValueError, r"b must have shape \(3,\) or \(3, k\), got \(2,\)"),
+        ((torch.eye(3).to_sparse(), [1.0]), {}, TypeError, "b must be a torch.Tensor, got list"),
+        ((torch.eye(3).to_sparse(), torch.ones(3).double()), {}, TypeError, "b must have the dtype of A, torch.float32"),
+        ((torch.eye(3).to_sparse(), torch.ones(3)), {"method": "qr"}, ValueError, "method must be one of 'auto', 'lsmr'"),
+        ((torch.eye(3).to_sparse(), torch.ones(3)), {"method": "direct", "atol": 1.0}, TypeError, "has no options, got atol"),
+        ((torch.eye(3).to_sparse(), torch.full((3,), torch.nan)), {}, ValueError, "finite"),
+    ],
+)  # fmt: skip
+def test_bad_input(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        spcache.lstsq(*arguments, **options)
