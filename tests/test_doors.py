@@ -153,6 +153,8 @@ def test_a_system_is_found_and_made_inside_of_transforms():
         "matmul": lambda v, b: spcache.matmul(A, b),
         "matrix": lambda v, b: spcache.solve(A, b),
     }
+    if torch.__version__.startswith("2.6."):
+        del forms["matmul"], forms["matrix"]  # torch 2.6 cannot look at sparse tensors inside of `grad`
     for name, f in forms.items():
         reference = (lambda v, b: A.to_dense() @ b) if name == "matmul" else problem.reference
         if name == "matrix":

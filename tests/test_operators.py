@@ -676,6 +676,7 @@ def test_tangents_raise(where):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Graph break due to unsupported builtin:UserWarning")  # torch 2.6
 def test_compiled_code():
     """`torch.compile` leaves it alone; a compiled A works as well."""
     compiled = torch.compile(lambda w, b: 2 * solve_operator(lambda x: w * x, b).sum(), backend="eager")
