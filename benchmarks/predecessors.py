@@ -12,12 +12,14 @@ from itertools import cycle
 from statistics import median
 
 import torch
-from run import alone
+from run import SETTLE, alone
 from torch import Tensor
 
 from spcache.compat import torch_sparse_solve
 from spcache.compat.sparse_solver import SparseSolver
 from spcache.compat.torchsparsegradutils import sparse_mm
+
+BURST = 3  # calls of a contender in its turn
 
 Contenders = dict[str, Callable[[], object]]
 
@@ -121,13 +123,15 @@ def batch(size: int, n: int) -> Iterator[tuple[str, Contenders]]:
 
 
 def measure(contenders: Contenders, rounds: int) -> dict[str, float]:
-    """Milliseconds, medians."""
+    """Milliseconds, medians over rounds of bursts."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(-1, rounds):  # one to warm up
+    for _ in range(rounds):
         for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            if number >= 0:
+            time.sleep(SETTLE)
+            run()  # to warm up
+            for _ in range(BURST):
+                start = time.perf_counter()
+                run()
                 seconds[name].append(time.perf_counter() - start)
     return {name: 1e3 * median(times) for name, times in seconds.items()}
 
