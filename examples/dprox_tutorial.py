@@ -14,20 +14,22 @@ and along. Deblurring solves
 and the widths are learnt from one pair of images, y and what it should have been, by the gradient of the deblurred x
 with respect to them. It goes through the solution, not through the iterations: of those autograd keeps nothing.
 
-    python examples/dprox_tutorial.py      # SPCACHE_QUICK=1: fewer steps
+    python examples/dprox_tutorial.py [--out FOLDER]      # SPCACHE_QUICK=1: fewer steps
 """
 
+import argparse
 import os
 import sys
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT)]  # spcache where it was built in place
-from spcache._operators import solve_operator  # noqa: E402
+from spcache import solve_operator  # noqa: E402
 from spcache.compat.dprox import LinearSolveConfig, linear_solve  # noqa: E402
 
 STEPS = 10 if os.environ.get("SPCACHE_QUICK") == "1" else 40
@@ -111,7 +113,19 @@ def check_deblurring() -> None:
     assert max(errors) < 1e-8
 
 
-def learn_widths() -> None:
+def draw(file: Path, images: dict[str, Tensor], losses: list[float]) -> None:
+    figure = Figure(figsize=(15, 3.6), layout="constrained")
+    *panels, curve = figure.subplots(1, len(images) + 1)
+    for axes, (name, image) in zip(panels, images.items(), strict=True):
+        axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
+        axes.set(title=name, xticks=[], yticks=[])
+    curve.semilogy(losses)
+    curve.set(title="loss", xlabel="step")
+    curve.grid(alpha=0.3)
+    figure.savefig(file, dpi=110)
+
+
+def learn_widths(out: Path) -> None:
     """From wrong widths to those that deblur, by Adam through the solve."""
     truth = (1.6, 0.9)
     sharp = sharp_image(44)
@@ -121,6 +135,7 @@ def learn_widths() -> None:
     config = LinearSolveConfig(rtol=1e-5, max_iters=300)
 
     kept: list[int] = []
+    deblurred: list[Tensor] = []  # first and latest
     losses, forward, backward = [], 0, 0
     for _ in range(STEPS):
         optimizer.zero_grad()
@@ -135,6 +150,7 @@ def learn_widths() -> None:
             across, along = A.widths.tolist()
             print(f"  step {len(losses) + 1:3d}   loss {loss.item():.3e}   widths {across:.3f}, {along:.3f}")
         losses.append(loss.item())
+        deblurred = [*deblurred[:1], x.detach()]
         optimizer.step()
     error = ((A.widths.detach() - torch.tensor(truth)).abs() / torch.tensor(truth)).max().item()
     print(f"  the widths were {truth[0]}, {truth[1]}: relative error {error:.1%}")
@@ -143,16 +159,24 @@ def learn_widths() -> None:
         f"these\nsolve with the derivative of what was kept, {sum(kept) / STEPS / sharp.numel():.0f} images a step, "
         f"whatever the number of iterations"
     )
+    first, last = deblurred
+    images = {"sharp": sharp, "blurred": y, "deblurred, first widths": first, "deblurred, learnt widths": last}
+    draw(out / "dprox_tutorial.png", images, losses)
+    print(f"picture: {out / 'dprox_tutorial.png'}")
     assert error < 0.1
     assert backward == 0 and sum(kept) < 20 * STEPS * sharp.numel()
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "build", help="folder of the picture")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # tensors of this size gain nothing from more
     for n in (5, 32):
         tutorial(n)
     check_deblurring()
-    learn_widths()
+    learn_widths(options.out)
 
 
 if __name__ == "__main__":
