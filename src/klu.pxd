@@ -15,9 +15,12 @@ cdef extern from "kernels/klu.hpp" namespace "spcache" nogil:
     cdef cppclass Factors:
         vector[int64_t] failed
         int64_t failures, kept, repivots
-        int factorize(const CAssembly&, const void* values, bool check, const Factors* donor, void* work) except +
+        int factorize(const CAssembly&, const void* values, bool check, const Factors* donor, void* work,
+                      int threads) except +
         void solve(const void* b, void* x, int64_t count, int64_t width, const int64_t* select, bool adjoint,
-                   void* work)
+                   void* work, int threads)
+        int factorizing(int threads)
+        int solving(int64_t count, int64_t columns, int threads)
         int64_t work_bytes()
         int64_t nbytes()
         int64_t nnz()

@@ -146,28 +146,28 @@ cdef class Storage:
         return self.factors.get().repivots
 
     def factorize(self, assembly, uintptr_t values, int64_t nnz, bool check, Storage template=None, int threads=1):
-        """Factors values [batch, nnz]. See spcache/engines/protocol.py; KLU runs on one thread."""
+        """Factors values [batch, nnz]. See spcache/engines/protocol.py; threads share the batch."""
         cdef uintptr_t address = assembly.address
         cdef const CAssembly* a = <const CAssembly*> address
         cdef const Factors* donor = NULL
         cdef Memory work
-        cdef int status
+        cdef int status, used = self.factors.get().factorizing(threads)
         if a.groups != 1 or a.nnz != nnz:
             raise ValueError("the assembly belongs to another plan, or the values have another length")
         if template is not None:
             if template.symbolic is not self.symbolic or template.dtype != self.dtype:
                 raise ValueError("the template belongs to another plan or scalar type")
             donor = template.factors.get()
-        work = self.symbolic.borrow(self.factors.get().work_bytes())
+        work = self.symbolic.borrow(used * self.factors.get().work_bytes())
         with nogil:
-            status = self.factors.get().factorize(a[0], <const void*> values, check, donor, work.data)
+            status = self.factors.get().factorize(a[0], <const void*> values, check, donor, work.data, used)
         self.symbolic.idle.append(work)
         if status < KLU_OK:  # KLU reports indices that overflow as lack of memory too
             if self.wide:
                 raise MemoryError(f"KLU factorization (status {status})")
             self.symbolic.widen()
             self.begin(True)
-            self.factorize(assembly, values, nnz, check, template)
+            self.factorize(assembly, values, nnz, check, template, threads)
 
     def failed_columns(self):
         """Per matrix -1, or the column at which it failed; None where all of them have a factor."""
@@ -175,9 +175,10 @@ cdef class Storage:
 
     def solve(self, uintptr_t b, uintptr_t x, int64_t count, int64_t width, uintptr_t factors, bool adjoint,
               int threads=1):
-        """x[p] = A[f(p)]^-1 b[p], or A^-H. See spcache/engines/protocol.py; KLU runs on one thread."""
+        """x[p] = A[f(p)]^-1 b[p], or A^-H. See spcache/engines/protocol.py; threads share the batch."""
         cdef const int64_t* select = <const int64_t*> factors
         cdef int64_t p
+        cdef int used = self.factors.get().solving(count, count * width, threads)
         cdef Memory work
         if select == NULL and self.batch != 1 and count != self.batch:
             raise ValueError("count must be the batch where no factors are named")
@@ -185,7 +186,7 @@ cdef class Storage:
             for p in range(count):
                 if not 0 <= select[p] < self.batch:
                     raise ValueError("factors names a matrix beyond the batch")
-        work = self.symbolic.borrow(self.factors.get().work_bytes())
+        work = self.symbolic.borrow(used * self.factors.get().work_bytes())
         with nogil:
-            self.factors.get().solve(<const void*> b, <void*> x, count, width, select, adjoint, work.data)
+            self.factors.get().solve(<const void*> b, <void*> x, count, width, select, adjoint, work.data, used)
         self.symbolic.idle.append(work)

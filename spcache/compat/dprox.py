@@ -82,6 +82,7 @@ def linear_solve(A: torch.nn.Module, b: Tensor, config: LinearSolveConfig = Line
         options["Minv"] = _flat(options["Minv"], b)
     method = SOLVERS[config.solver_type]
     solver = partial(method, rtol=config.rtol, max_iters=config.max_iters, verbose=config.verbose, **options)
+    solver.hermitian = config.solver_type not in ("plss", "plssw")  # type: ignore[attr-defined]
     if config.use_analytic_grad:
         return solve_operator(A, b, solver=solver, x0=x0)
     return solver(_Recorded(A, b), b.reshape(-1), x0=x0).reshape(b.shape)
@@ -141,8 +142,8 @@ def _minres(
 
 
 def _cg2(A: Any, b: Tensor, rtol: float, max_iters: int, verbose: bool, x0: Tensor | None = None) -> Tensor:
-    def done(r: Tensor) -> bool:
-        return bool(torch.vdot(r, r).real < rtol)
+    def done(r: Tensor, rz: Tensor) -> bool:
+        return rz.item().real < rtol
 
     return _cg_from_ones("cg2", A, b, x0, done, max_iters, verbose)
 
@@ -150,8 +151,8 @@ def _cg2(A: Any, b: Tensor, rtol: float, max_iters: int, verbose: bool, x0: Tens
 def _pcg(
     A: Any, b: Tensor, rtol: float, max_iters: int, verbose: bool, x0: Tensor | None = None, Minv: _Apply | None = None
 ) -> Tensor:
-    def done(r: Tensor) -> bool:
-        return bool(r.abs().max() < rtol)
+    def done(r: Tensor, rz: Tensor) -> bool:
+        return torch.linalg.vector_norm(r, torch.inf).item() < rtol
 
     return _cg_from_ones("pcg", A, b, x0, done, max_iters, verbose, Minv or (lambda r: r))
 
@@ -161,24 +162,24 @@ def _cg_from_ones(
     A: Any,
     b: Tensor,
     x: Tensor | None,
-    done: Callable[[Tensor], bool],
+    done: Callable[[Tensor, Tensor], bool],
     max_iters: int,
     verbose: bool,
     Minv: _Apply = lambda r: r,
 ) -> Tensor:
-    """Hestenes & Stiefel (1952), doi:10.6028/jres.049.044, with another start and another end."""
+    """Hestenes & Stiefel (1952), doi:10.6028/jres.049.044, with another start and another end: done(r, r . Minv r)."""
     x = torch.ones_like(b) if x is None else x
     r = b - A(x)
     p = z = Minv(r)
     rz = torch.vdot(r, z)
     k = 0
-    while k < max_iters and not done(r):
+    while k < max_iters and not done(r, rz):
         q = A(p)
         alpha = rz / torch.vdot(p, q)
-        x, r = x + alpha * p, r - alpha * q
+        x, r = torch.addcmul(x, alpha, p), torch.addcmul(r, alpha, q, value=-1)
         z = Minv(r)
         rz, previous = torch.vdot(r, z), rz
-        p = z + rz / previous * p
+        p = torch.addcmul(z, rz / previous, p)
         k += 1
     return _report(name, x, k, verbose)
 

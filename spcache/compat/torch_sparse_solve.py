@@ -38,13 +38,15 @@ def solve(A: Tensor, b: Tensor) -> Tensor:
             raise ValueError(f"'{name}' must be float64, got {t.dtype}")
     A = A.coalesce()
     batch, m, _ = A.shape
-    block, indices = A.indices()[0], A.indices()[1:]
-    nnz = indices.shape[1] // max(batch, 1)
-    first = indices[:, :nnz]
-    if not (
-        torch.equal(block, torch.arange(batch, device=block.device).repeat_interleave(nnz))
-        and torch.equal(indices, first.repeat(1, batch))
-    ):
+    nnz = A.values().shape[0] // max(batch, 1)
+    first = A.indices()[1:, :nnz]
+    regular = A.values().shape[0] == batch * nnz
+    if regular:
+        block, *indices = A.indices().reshape(3, batch, nnz)
+        regular = bool((block == torch.arange(batch, device=A.device)[:, None]).all()) and all(
+            bool((each == each[:1]).all()) for each in indices
+        )
+    if not regular:
         raise ValueError(
             "'A' must have the same pattern in every element of the batch; store zeros where one lacks an entry"
         )

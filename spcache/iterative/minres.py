@@ -45,7 +45,7 @@ def _sweep(run: System, x: Tensor, r: Tensor) -> Tensor:
     right-hand side. d / rho are the directions in which x moves."""
     v = r if run.M is None else r.clone()
     z = run.precondition(v)
-    v_old = d_old = d = torch.zeros_like(r)
+    v_old, d_old, d = (torch.zeros_like(r) for _ in range(3))
     if run.M is not None:
         _require_positive(run, z, v)
     gamma = _norm(run, z, v)
@@ -54,11 +54,12 @@ def _sweep(run: System, x: Tensor, r: Tensor) -> Tensor:
     s = s_old = torch.zeros_like(gamma)
     while True:
         inverse = run.divide(1.0, gamma)
-        v = v * inverse
-        z = v if run.M is None else z * inverse
+        z = z * inverse if run.M is not None else z
+        v = run.scale(v, inverse)
+        z = v if run.M is None else z
         q = run.A(z)
         delta = run.dot(z, q).real
-        v, v_old = run.add(torch.addcmul(q, delta, v, value=-1), gamma, v_old, -1), v
+        v, v_old = run.add(run.add_to(q, -gamma, v_old), delta, v, -1), v
         z_old, z = z, run.precondition(v)
         gamma, gamma_old = _norm(run, z, v), gamma
 
@@ -89,7 +90,7 @@ def _direction(
     run: System, z: Tensor, third: Tensor, rho_old: Tensor, d_old: Tensor, second: Tensor, rho: Tensor, d: Tensor
 ) -> Tensor:
     """z - third d_old / rho_old - second d / rho."""
-    return run.add(torch.addcmul(z, -run.divide(third, rho_old), d_old), -run.divide(second, rho), d)
+    return run.add(run.add_to(z, -run.divide(third, rho_old), d_old), -run.divide(second, rho), d)
 
 
 def _norm(run: System, z: Tensor, v: Tensor) -> Tensor:

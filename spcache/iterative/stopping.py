@@ -15,7 +15,7 @@ from ..errors import NotConvergedError
 from ..torch_private import in_dual_level
 from .operators import Apply, Operator, as_operator
 
-__all__ = ["Columns", "Solution", "Status", "System", "alike", "count_of", "number_of", "start_of"]
+__all__ = ["Arithmetic", "Columns", "Solution", "Status", "System", "alike", "count_of", "number_of", "start_of"]
 
 Callback = Callable[[Tensor], Any]
 
@@ -83,14 +83,53 @@ def alike(t: Any, name: str, b: Tensor) -> None:
         raise ValueError(f"{name} and b must be on the same device, got {t.device} and {b.device}")
 
 
-class Columns:
+class Arithmetic:
+    """Vectors, scalars in their shape with 1 in place of n, and no new memory where no derivative is recorded.
+
+    Attributes:
+        dim: the dimension of n, -1 or -2.
+    """
+
+    def __init__(self, dim: int):
+        self.dim = dim
+        self._in_place = not in_dual_level()  # in-place operations of a constant would lose the tangent
+        self._product: Tensor | None = None
+
+    def _free(self, *tensors: Tensor) -> bool:
+        return self._in_place and not any(t.requires_grad for t in tensors)
+
+    def dot(self, u: Tensor, v: Tensor) -> Tensor:
+        """u^H v, column by column."""
+        if u.dim() == 1:
+            return torch.vdot(u, v)
+        if not self._free(u, v):
+            return torch.linalg.vecdot(u, v, dim=self.dim).unsqueeze(self.dim)
+        self._product = torch.mul(u.conj(), v, out=self._product)
+        return self._product.sum(self.dim, keepdim=True)
+
+    def norm(self, u: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(u, dim=self.dim, keepdim=u.dim() > 1)
+
+    def add(self, y: Tensor, a: Tensor, x: Tensor, sign: int = 1) -> Tensor:
+        """y + sign a x, in the memory of y where that is free."""
+        return y.addcmul_(a, x, value=sign) if self._free(y, a, x) else torch.addcmul(y, a, x, value=sign)
+
+    def add_to(self, y: Tensor, a: Tensor, x: Tensor) -> Tensor:
+        """y + a x, in the memory of x where that is free."""
+        return torch.addcmul(y, a, x, out=x if self._free(y, a, x) else None)
+
+    def scale(self, x: Tensor, a: Tensor) -> Tensor:
+        """a x, in the memory of x where that is free."""
+        return torch.mul(x, a, out=x if self._free(x, a) else None)
+
+
+class Columns(Arithmetic):
     """Right-hand sides, and which of them are still worked on. A scalar of the method is a tensor, one number per
     column: [] for one vector, else the shape of b with 1 in place of n.
 
     Attributes:
         b: [*B, n] or [*B, n, k], scaled where it must be.
         norm_b: its norms.
-        dim: the dimension of n, -1 or -2.
         count: iterations so far.
         going: whether there is a next iteration.
         active: the columns not yet done; what `divide` gives for others is zero, so that they change no more.
@@ -107,7 +146,7 @@ class Columns:
             raise TypeError(f"callback must be a function of x, got {type(callback).__name__}")
         matrix_dims = 2 if A.shape is None else len(A.shape)
         self.vector = b.dim() == 1 or b.dim() == matrix_dims - 1
-        self.dim = -1 if self.vector else -2
+        super().__init__(-1 if self.vector else -2)
         if A.shape is not None:
             if b.shape[self.dim] != A.shape[-2]:
                 raise ValueError(
@@ -131,20 +170,10 @@ class Columns:
         self.count = 0
         self.fault = False
         self.going = True
-        self._in_place = not in_dual_level()  # in-place operations of a constant would lose the tangent
         self.norm_b = self.norm(self.b.detach())
         self.active = torch.ones_like(self.norm_b, dtype=torch.bool)
         self.sound: Tensor | None = None
         self._iterations = torch.zeros_like(self.norm_b, dtype=torch.int64)
-
-    def dot(self, u: Tensor, v: Tensor) -> Tensor:
-        """u^H v, column by column."""
-        if u.dim() == 1:
-            return torch.vdot(u, v)
-        return torch.linalg.vecdot(u, v, dim=self.dim).unsqueeze(self.dim)
-
-    def norm(self, u: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(u, dim=self.dim, keepdim=u.dim() > 1)
 
     def divide(self, a: Any, b: Tensor) -> Tensor:
         """a / b, zero where a column is done."""
@@ -152,18 +181,6 @@ class Columns:
             return a / b
         b = torch.where(self.active, b, 1)  # also for autograd, to which 0 times infinity is no zero
         return torch.where(self.active, a, 0) / b
-
-    def add(self, y: Tensor, a: Tensor, x: Tensor, sign: int = 1) -> Tensor:
-        """y + sign a x, in the memory of y where no derivative is recorded."""
-        if self._in_place and not (y.requires_grad or a.requires_grad or x.requires_grad):
-            return y.addcmul_(a, x, value=sign)
-        return torch.addcmul(y, a, x, value=sign)
-
-    def add_to(self, y: Tensor, a: Tensor, x: Tensor) -> Tensor:
-        """y + a x, in the memory of x where no derivative is recorded."""
-        if self._in_place and not (y.requires_grad or a.requires_grad or x.requires_grad):
-            return torch.addcmul(y, a, x, out=x)
-        return torch.addcmul(y, a, x)
 
     def step(self, x: Tensor, a: Tensor, p: Tensor) -> Tensor:
         """x + a p, where `judge` has not just met a number that is not finite."""

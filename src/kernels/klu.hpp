@@ -17,6 +17,7 @@
 
 #include "assembly.hpp"
 #include "pattern.hpp"
+#include "threads.hpp"
 
 namespace spcache {
 
@@ -61,7 +62,6 @@ template <bool wide, class T> struct Klu;
     static constexpr auto* refactor = PREFIX##refactor; \
     static constexpr auto* solve = PREFIX##solve; \
     static constexpr auto* tsolve = PREFIX##tsolve; \
-    static constexpr auto* rgrowth = PREFIX##rgrowth; \
     static constexpr auto* condest = PREFIX##condest; \
     static constexpr auto* free_numeric = PREFIX##free_numeric; \
   };
@@ -81,12 +81,17 @@ class Factors {
 
   virtual ~Factors() = default;
   // Factors values [batch, nnz of the assembly]; `donor`, if any, lends pivots to matrices that have none. Returns
-  // KLU_OK, or KLU's negative status: then the matrices not reached have failed. work is work_bytes() of scratch.
-  virtual int factorize(const Assembly&, const void* values, bool check, const Factors* donor, void* work) = 0;
+  // KLU_OK, or KLU's negative status: then some matrices have failed without a reason. work is work_bytes() of scratch
+  // for each thread. Threads share the batch: the result does not depend on their number.
+  virtual int factorize(const Assembly&, const void* values, bool check, const Factors* donor, void* work,
+                        int threads) = 0;
   // x[p] = A[select[p]]^-1 b[p], adjoint: A^-H, for p < count, row-major [count, n, width]; select null: p, or 0 if
-  // the batch is 1. Writes nothing but x and work: any number of threads may solve at once.
+  // the batch is 1. Writes nothing but x and work: any number of callers may solve at once. Threads share the p.
   virtual void solve(const void* b, void* x, int64_t count, int64_t width, const int64_t* select, bool adjoint,
-                     void* work) const = 0;
+                     void* work, int threads) const = 0;
+  // How many of `threads` find work: for a factorization of the batch, or for `columns` right-hand sides of `count`.
+  virtual int factorizing(int threads) const = 0;
+  virtual int solving(int64_t count, int64_t columns, int threads) const = 0;
   virtual int64_t work_bytes() const = 0;
   virtual int64_t nbytes() const = 0;
   virtual int64_t nnz() const = 0;  // of the largest factor, 0 where there is none
@@ -213,6 +218,11 @@ class FactorsOf final : public Factors {
   struct Pivots {
     double smallest, rcond;  // min |u_kk|, min |u_kk| / max |u_kk| (0 where one is not finite)
   };
+  struct Outcome {
+    int status;            // of KLU
+    bool kept, repivoted;  // earlier pivots
+  };
+  static constexpr int64_t PARALLEL_FROM = 1 << 15;  // entries of all matrices from which a second thread pays
   const AnalysisOf<wide>& plan;  // outlives this
   std::vector<Factor> matrices;  // [batch]
 
@@ -227,7 +237,14 @@ class FactorsOf final : public Factors {
   FactorsOf(const FactorsOf&) = delete;
 
   int64_t work_bytes() const override {  // the values of A; or for 4 columns, X of KLU and the right-hand sides
-    return int64_t(sizeof(T)) * std::max(int64_t(plan.indices.size()), 8 * plan.n);
+    const int64_t bytes = int64_t(sizeof(T)) * std::max(int64_t(plan.indices.size()), 8 * plan.n);
+    return (bytes + 63) / 64 * 64;  // threads do not share a cache line
+  }
+  int factorizing(int threads) const override {
+    return int64_t(matrices.size() * plan.indices.size()) < PARALLEL_FROM ? 1 : at_most(threads, matrices.size());
+  }
+  int solving(int64_t count, int64_t columns, int threads) const override {
+    return columns * plan.nnz < 8 * PARALLEL_FROM ? 1 : at_most(threads, size_t(count));
   }
   int64_t nnz() const override {
     int64_t most = 0;
@@ -242,42 +259,57 @@ class FactorsOf final : public Factors {
     return int64_t(total);
   }
 
-  int factorize(const Assembly& assembly, const void* values, bool check, const Factors* donor, void* work) override {
+  int factorize(const Assembly& assembly, const void* values, bool check, const Factors* donor, void* work,
+                int threads) override {
     const auto* lender = dynamic_cast<const FactorsOf*>(donor);  // null too where its indices have another size
-    T* A = static_cast<T*>(work);
     kept = repivots = 0;
     failures = int64_t(matrices.size());
     failed.assign(matrices.size(), std::max<int64_t>(plan.unmatched, 0));
     if (plan.unmatched >= 0) return KLU_OK;
-    for (size_t e = 0; e < matrices.size(); e++) {
-      memset(work, 0, sizeof(T) * plan.indices.size());
+    std::atomic<int> status{KLU_OK};
+    std::atomic<int64_t> factorized{0}, trusted{0}, renewed{0};
+    share(int64_t(matrices.size()), threads, [&](int64_t e, int thread) {
+      if (status.load() < KLU_OK) return;
+      T* A = reinterpret_cast<T*>(static_cast<char*>(work) + thread * work_bytes());
+      memset(static_cast<void*>(A), 0, sizeof(T) * plan.indices.size());
       assemble(assembly, 0, static_cast<const S*>(values) + e * assembly.nnz, A);
       failed[e] = not_finite(A);
-      if (failed[e] >= 0) continue;  // older pivots stay
+      if (failed[e] >= 0) return;  // older pivots stay
       const Factor* other = lender ? &lender->matrices[e % lender->matrices.size()] : nullptr;
-      int status = factorize(matrices[e], other, A, check, &failed[e]);
-      if (status < KLU_OK) return status;
-      if (failed[e] < 0) failures--;
-    }
-    return KLU_OK;
+      const Outcome outcome = factorize(matrices[e], other, A, check, &failed[e]);
+      if (outcome.status < KLU_OK) status = outcome.status;
+      trusted += outcome.kept;
+      renewed += outcome.repivoted;
+      factorized += failed[e] < 0;
+    });
+    kept = trusted, repivots = renewed;
+    failures -= factorized;
+    return status;
   }
 
-  void solve(const void* b, void* x, int64_t count, int64_t width, const int64_t* select, bool adjoint,
-             void* work) const override {
+  void solve(const void* b, void* x, int64_t count, int64_t width, const int64_t* select, bool adjoint, void* work,
+             int threads) const override {
+    // Consecutive right-hand sides of one matrix go together.
     auto factor_of = [&](int64_t p) { return select ? select[p] : matrices.size() == 1 ? 0 : p; };
-    for (int64_t p = 0, next; p < count; p = next) {
-      int64_t f = factor_of(p);
-      for (next = p + 1; next < count && factor_of(next) == f;) next++;
-      const S* from = static_cast<const S*>(b) + p * plan.n * width;
-      S* to = static_cast<S*>(x) + p * plan.n * width;
-      if (failed[f] >= 0)
-        memset(to, 0xff, sizeof(S) * size_t((next - p) * plan.n * width));  // a NaN in every scalar type
-      else
-        solve(*matrices[f].numeric, from, to, next - p, width, adjoint, static_cast<T*>(work));
-    }
+    const int64_t share_of_one = (count + threads - 1) / std::max(threads, 1);
+    share(threads, threads, [&](int64_t part, int thread) {
+      const int64_t end = std::min(count, (part + 1) * share_of_one);
+      for (int64_t p = part * share_of_one, next; p < end; p = next) {
+        int64_t f = factor_of(p);
+        for (next = p + 1; next < end && factor_of(next) == f;) next++;
+        const S* from = static_cast<const S*>(b) + p * plan.n * width;
+        S* to = static_cast<S*>(x) + p * plan.n * width;
+        if (failed[f] >= 0)
+          memset(static_cast<void*>(to), 0xff, sizeof(S) * size_t((next - p) * plan.n * width));  // NaN in every type
+        else
+          solve(*matrices[f].numeric, from, to, next - p, width, adjoint,
+                reinterpret_cast<T*>(static_cast<char*>(work) + thread * work_bytes()));
+      }
+    });
   }
 
  private:
+  static int at_most(int threads, size_t pieces) { return int(std::clamp<size_t>(pieces, 1, size_t(std::max(threads, 1)))); }
   static double* numbers(const T* a) { return reinterpret_cast<double*>(const_cast<T*>(a)); }  // KLU only reads A
   Int* Ap() const { return const_cast<Int*>(plan.indptr.data()); }
   Int* Ai() const { return const_cast<Int*>(plan.indices.data()); }
@@ -297,36 +329,35 @@ class FactorsOf final : public Factors {
     return p - plan.indptr.data();
   }
 
-  // Factors one matrix; *column becomes -1, or the column at which it failed. Returns a status of KLU.
-  int factorize(Factor& f, const Factor* donor, const T* A, bool check, int64_t* column) {
+  // Factors one matrix; *column becomes -1, or the column at which it failed.
+  Outcome factorize(Factor& f, const Factor* donor, const T* A, bool check, int64_t* column) {
     Common common = plan.common;
     *column = 0;  // until it has a factor
     if (!f.numeric && donor && donor->numeric) {
       f = {copy(*donor->numeric, common), donor->growth, donor->rcond};
-      if (!f.numeric) return KLU_OUT_OF_MEMORY;
+      if (!f.numeric) return {KLU_OUT_OF_MEMORY, false, false};
     }
-    if (f.numeric) {
+    const bool old = f.numeric;
+    if (old) {
       bool complete = K::refactor(Ap(), Ai(), numbers(A), plan.symbolic, f.numeric, &common);
-      if (common.status < KLU_OK) return int(common.status);
+      if (common.status < KLU_OK) return {int(common.status), false, false};
       if (complete && old_pivots_hold(f, A, check, common)) {
-        kept++;
         *column = -1;
-        return KLU_OK;
+        return {KLU_OK, true, false};
       }
       release(f);
-      repivots++;
     }
     f.numeric = K::factor(Ap(), Ai(), numbers(A), plan.symbolic, &common);
     if (!f.numeric) {
       if (common.status == KLU_SINGULAR) *column = common.singular_col;  // numbered as the caller does
-      return int(common.status);
+      return {int(common.status), false, old};
     }
     Pivots pivots = look_at(*f.numeric);
     f.rcond = pivots.rcond;
-    f.growth = growth(*f.numeric, A, common);
+    f.growth = growth(*f.numeric, A);
     *column = check ? singular_column(*f.numeric, pivots, A, common) : -1;
     if (*column >= 0) release(f);
-    return KLU_OK;
+    return {KLU_OK, false, old};
   }
 
   // After klu_refactor, which does not look at blocks of one row. check = false: only a zero pivot counts.
@@ -334,7 +365,7 @@ class FactorsOf final : public Factors {
     Pivots pivots = look_at(*f.numeric);
     if (!check) return pivots.smallest != 0;
     return f.rcond > 0 && pivots.rcond >= RCOND_LOSS * f.rcond &&
-           growth(*f.numeric, A, common) >= std::min(GROWTH_GOOD, GROWTH_LOSS * f.growth) &&
+           growth(*f.numeric, A) >= std::min(GROWTH_GOOD, GROWTH_LOSS * f.growth) &&
            singular_column(*f.numeric, pivots, A, common) < 0;
   }
 
@@ -350,9 +381,32 @@ class FactorsOf final : public Factors {
     return {smallest, finite ? smallest / largest : 0};
   }
 
-  double growth(Numeric& N, const T* A, Common& common) const {
-    K::rgrowth(Ap(), Ai(), numbers(A), plan.symbolic, &N, &common);
-    return common.rgrowth;
+  // Reciprocal pivot growth, min over columns of max |R^-1 A| / max |U| inside the blocks, as klu_rgrowth defines it
+  // (which takes several times as long), by the larger part of complex numbers; 0 where U is not finite.
+  double growth(const Numeric& N, const T* A) const {
+    constexpr int64_t reals = sizeof(T) / sizeof(double);
+    const auto& s = *plan.symbolic;
+    double least = 1;
+    for (Int block = 0; block < s.nblocks; block++) {
+      const Int begin = s.R[block], end = s.R[block + 1];
+      if (end - begin == 1) continue;
+      const T* LU = static_cast<const T*>(N.LUbx[block]);
+      for (Int k = begin; k < end; k++) {
+        double before = 0;
+        for (Int p = plan.indptr[s.Q[k]]; p < plan.indptr[s.Q[k] + 1]; p++) {
+          const Int row = N.Pinv[plan.indices[p]];
+          const double* a = numbers(A + p);
+          const double size = reals == 1 ? fabs(a[0]) : std::max(fabs(a[0]), fabs(a[reals - 1]));
+          if (row >= begin) before = std::max(before, size / N.Rs[row]);
+        }
+        // A column of U: its row numbers, filled up to whole numbers of the factor, then its entries.
+        const int64_t count = N.Ulen[k], skip = (count * int64_t(sizeof(Int)) + int64_t(sizeof(T)) - 1) / int64_t(sizeof(T));
+        const double after = std::max(largest_of(numbers(LU + N.Uip[k] + skip), reals * count),
+                                      largest_of(numbers(&diagonal(N)[k]), reals));
+        if (after > 0 && before < least * after) least = before / after;
+      }
+    }
+    return least;
   }
 
   // The column with the weakest pivot where A is singular to working precision, else -1. Pivots: see WEAK_PIVOT.

@@ -66,6 +66,28 @@ inline bool all_finite(const R* x, int64_t count) {
   return total == R(0);
 }
 
+// The largest magnitude, infinite where a number is not finite.
+inline double largest_of(const double* x, int64_t count) {
+  double most[8] = {0, 0, 0, 0, 0, 0, 0, 0}, zero[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    for (int l = 0; l < 8; l++) {
+      const double a = fabs(x[i + l]);
+      most[l] = most[l] > a ? most[l] : a;
+      zero[l] += x[i + l] * 0.0;
+    }
+  for (; i < count; i++) {
+    const double a = fabs(x[i]);
+    most[0] = most[0] > a ? most[0] : a;
+    zero[0] += x[i] * 0.0;
+  }
+  for (int l = 1; l < 8; l++) {
+    most[0] = most[l] > most[0] ? most[l] : most[0];
+    zero[0] += zero[l];
+  }
+  return zero[0] == 0 ? most[0] : HUGE_VAL;
+}
+
 // The caller's entries grouped by canonical lower-triangle slot: begin[2 s] .. begin[2 s + 1] stand at (i, j),
 // i >= j, and begin[2 s + 1] .. begin[2 s + 2] at (j, i).
 struct Pairs {

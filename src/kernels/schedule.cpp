@@ -1,11 +1,10 @@
 // Schedules of the assembly tree, and the threads that follow them.
 #include <algorithm>
 #include <atomic>
-#include <exception>
 #include <queue>
-#include <thread>
 
 #include "analysis.hpp"
+#include "threads.hpp"
 
 namespace spcache {
 namespace {
@@ -116,29 +115,6 @@ Schedule::Schedule(const Plan& plan, int threads) {
   for (int32_t s : top) update[s] = ~(shared_size + update[s] + (plan.depth[s] & 1 ? stacks.peak(0) : 0));
   shared_size += stacks.peak(0) + stacks.peak(1);
 }
-
-namespace {
-
-// Calls work(i, thread) for each i < count, whoever is free taking the next. Threads live for one call: nothing has to
-// survive a fork, and a start costs less than a small front.
-template <class Work>
-void share(int count, int threads, Work work) {
-  std::atomic<int> next{0};
-  auto take = [&](int thread) {
-    for (int i; (i = next.fetch_add(1)) < count;) work(i, thread);
-  };
-  std::vector<std::thread> helpers;
-  try {
-    helpers.reserve(std::min(threads, count));
-    for (int thread = 1; thread < std::min(threads, count); thread++) helpers.emplace_back(take, thread);
-  } catch (const std::exception&) {
-    // no thread, or no memory for one, to be had: the others do its work
-  }
-  take(0);
-  for (std::thread& helper : helpers) helper.join();
-}
-
-}  // namespace
 
 int64_t factorize(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const Assembly& assembly,
                   const void* values, void* factor, const Scratch* scratch, int threads) {

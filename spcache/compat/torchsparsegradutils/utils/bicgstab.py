@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import cmath
 import logging
 import warnings
 from typing import NamedTuple
@@ -88,7 +89,7 @@ def _solve(
     rho = torch.vdot(shadow, r)
 
     def done(r: Tensor) -> bool:
-        size = float(r.norm())
+        size = torch.linalg.vector_norm(r).item()
         settings.logger.info("%6d products, residual %8.2e", products, size)
         return size <= limit
 
@@ -98,25 +99,25 @@ def _solve(
         v = A(q)
         products += 1
         alpha = rho / torch.vdot(shadow, v)
-        if not alpha.isfinite():
+        if not cmath.isfinite(alpha.item()):
             if p is r:
                 break  # at the first step, where nothing else can be tried
             r = shadow = p = b - A(x)
             rho, products = torch.vdot(r, r), products + 1
             continue
-        s = r - alpha * v
+        s = torch.addcmul(r, alpha, v, value=-1)
         converged = done(s)
         if converged or products == budget:
-            x = x + alpha * q
+            x = torch.addcmul(x, alpha, q)
             break
         z = s if M is None else M(s)
         t = A(z)
         products += 1
         tt = torch.vdot(t, t)
         omega = torch.vdot(t, s) / torch.where(tt == 0, 1, tt)
-        r = s - omega * t
-        x = x + alpha * q + omega * z
+        r = torch.addcmul(s, omega, t, value=-1)
+        x = torch.addcmul(torch.addcmul(x, alpha, q), omega, z)
         converged = done(r)
         rho, previous = torch.vdot(shadow, r), rho
-        p = r + rho / previous * alpha / omega * (p - omega * v)
+        p = torch.addcmul(r, rho / previous * alpha / omega, torch.addcmul(p, omega, v, value=-1))
     return x, converged

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ....iterative.stopping import Arithmetic
 from .closure import Closure, closure
 
 __all__ = ["CGInfo", "LinearCGSettings", "linear_cg"]
@@ -120,34 +121,35 @@ def linear_cg(
         print(f"linear_cg: {tuple(b.shape)}, at most {max_iter} iterations, tolerance {tolerance}")
 
     # everything relative to ||b||; the solution for b = 0 is zero, whatever the guess
-    zero = (size := _norm(b)) == 0
+    run = Arithmetic(-2)
+    zero = (size := run.norm(b)) == 0
     size = size.masked_fill(zero, 1)
     x = torch.zeros_like(b) if initial_guess is None else (_guess(initial_guess, b) / size).masked_fill(zero, 0)
     r, matvecs = b / size - A(x), 1
     if r.isnan().any():
         raise RuntimeError("NaNs encountered when trying to perform matrix-vector multiplication")
-    residual = _norm(r)
+    residual = run.norm(r)
     done = residual <= stop
     n_iter = min(max_iter, b.shape[-2]) if settings.terminate_cg_by_size else max_iter
     n_tridiag_iter = min(max_tridiag_iter, b.shape[-2])
     stopped = bool(done.all()) and not n_tridiag and min_iter == 0
     iterations, reached, lanczos = 0, False, _Lanczos(n_tridiag)
     if not stopped:
-        p = z = r if M is None else M(r)
-        rho = _dot(r, z)
+        z = r if M is None else M(r)
+        p, rho = z.clone(), run.dot(r, z)
         _require(rho, eps, done, "preconditioned residual inner product")
     for k in range(0 if stopped else n_iter):
         q = A(p)
-        curvature = _dot(p, q)
+        curvature = run.dot(p, q)
         _require(curvature, eps, done, "p^T A p")
         _require(rho, eps, done, "residual inner product")
         alpha = (rho / curvature).masked_fill(done | (curvature < eps), 0)
-        x, r = torch.addcmul(x, alpha, p), torch.addcmul(r, -alpha, q)
+        x, r = run.add(x, alpha, p), run.add(r, alpha, q, -1)
         z = r if M is None else M(r)
-        rho, previous = _dot(r, z), rho
+        rho, previous = run.dot(r, z), rho
         beta = (rho / previous).masked_fill(previous < eps, 0)
-        p = torch.addcmul(z, beta, p)
-        residual = _norm(r)
+        p = run.add_to(z, beta, p)
+        residual = run.norm(r)
         done, iterations, matvecs = residual <= stop, k + 1, matvecs + 1
         reached = bool(
             (residual <= tolerance).all() if convergence_reduction == "all" else residual.mean() <= tolerance
@@ -159,7 +161,7 @@ def linear_cg(
             lanczos.add(alpha, beta)
 
     x = x * size
-    true = _norm(b - A(x)) / size
+    true = run.norm(b - A(x)) / size
     converged = true <= tolerance
     reason: Any = "stopped_updating" if stopped else "max_iter"
     if bool(converged.all()):
@@ -211,14 +213,6 @@ class _Lanczos:
         beside = beta.sqrt() * inverse[..., :-1]
         T = torch.diag_embed(diagonal) + torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
         return T.movedim(-3, 0)
-
-
-def _dot(u: Tensor, v: Tensor) -> Tensor:
-    return (u * v).sum(-2, keepdim=True)
-
-
-def _norm(u: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(u, dim=-2, keepdim=True)
 
 
 def _require(t: Tensor, eps: float, done: Tensor, name: str) -> None:
