@@ -200,6 +200,14 @@ def test_general():
             assert np.isnan(solve(second, b)).all()
             assert factorize(second, values, True) is None
             plan.trim()
+    # threads share a batch of so many entries
+    plan, assembly, A, values = general(40, np.complex64, "amd", False, 0.3)
+    many = np.tile(values, (50, 1))
+    storage, b = klu.Storage(plan, 2, len(many)), numbers((len(many), 40, 3), np.complex64)
+    for checked in (True, False):
+        storage.factorize(assembly, many.ctypes.data, many.shape[1], checked, None, 3)
+        assert storage.failed_columns() is None
+        check(np.tile(A, (50, 1, 1)), solve(storage, b, threads=3), b)
     # structurally singular
     indptr, indices = np.array([0, 2, 4, 4]), np.array([0, 2, 0, 2], np.int32)
     plan = klu.Symbolic(indptr, indices, "amd")

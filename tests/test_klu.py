@@ -38,13 +38,13 @@ class System:
         slots = np.arange(self.nnz, dtype=np.int32)
         self.assembly = self.plan.assembly(self.nnz, slots, slots, np.zeros(self.nnz, np.uint8), 1.0, False)
 
-    def factorize(self, values, storage=None, template=None, check=True):
+    def factorize(self, values, storage=None, template=None, check=True, threads=1):
         values = np.ascontiguousarray(values).reshape(-1, self.nnz)
         storage = storage or self.plan.storage(CODE[values.dtype], len(values))
-        storage.factorize(self.assembly, values.ctypes.data, self.nnz, check, template)
+        storage.factorize(self.assembly, values.ctypes.data, self.nnz, check, template, threads)
         return storage
 
-    def solve(self, storage, b, factors=None, adjoint=False):
+    def solve(self, storage, b, factors=None, adjoint=False, threads=1):
         """b: [count, n, width]"""
         b = np.ascontiguousarray(b)
         x = np.full_like(b, 7)
@@ -56,6 +56,7 @@ class System:
             b.shape[2],
             0 if select is None else select.ctypes.data,
             adjoint,
+            threads,
         )
         return x
 
@@ -405,6 +406,32 @@ def test_real_sequence(name, most_repivots):
             b = B @ expected
             assert residual(B, system.solve(storage, b[None], adjoint=adjoint)[0], b) < 500
     assert repivots <= most_repivots
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_share_a_batch(dtype):
+    """Of so many entries that they do; results, failures and counters are those of one thread, bit by bit."""
+    rng = np.random.default_rng(12)
+    system = random_system(rng, 120, 0.03)
+    batch = 1 + 4 * 2**15 // system.nnz
+    values = numbers(rng, (batch, system.nnz), dtype)
+    b = numbers(rng, (batch, 120, 2), dtype)
+    one, many = (system.factorize(values, threads=threads) for threads in (1, 3))
+    values[::5] *= rng.uniform(1e-9, 1, system.nnz).astype(dtype)  # new pivots for some
+    values[1::7] = 0
+    values[2::7, 3] = np.nan
+    for storage, threads in ((one, 1), (many, 3)):
+        system.factorize(values, storage, threads=threads)
+    assert one.repivots == many.repivots > 0 and one.refactorized and many.refactorized
+    assert one.failures() == many.failures() and sum(f is not None for f in one.failures()) >= 2 * (batch // 7)
+    select = rng.integers(0, batch, 3 * batch)
+    for adjoint in (False, True):
+        np.testing.assert_array_equal(
+            system.solve(one, b, adjoint=adjoint), system.solve(many, b, adjoint=adjoint, threads=3)
+        )
+        np.testing.assert_array_equal(
+            system.solve(one, b[select], select, adjoint), system.solve(many, b[select], select, adjoint, 4)
+        )
 
 
 def test_threads_share_a_plan_and_a_factor():
