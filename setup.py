@@ -35,6 +35,7 @@ MODULES = {
     "spcache._pattern": ("src/pattern.pyx", []),
     "spcache.engines._multifrontal": ("src/multifrontal.pyx", [*KERNELS, "amd", "metis"]),
     "spcache.engines._klu": ("src/klu.pyx", ["klu", "btf", "amd", "colamd", "suitesparseconfig"]),
+    "spcache.engines._cudss": ("src/cudss.pyx", []),  # cuDSS itself is loaded when it is needed
 }
 
 # Header: its package on Debian and Ubuntu, on Fedora, and on conda.

@@ -26,7 +26,8 @@ class Convention:
 
     with w_k = 1/2, except 1 off the diagonal where only one triangle is stored.
 
-    Both products run native code on tensors that have memory, and know nothing of derivatives; cost O(nnz k).
+    Both products run native code on the CPU and torch operations elsewhere, on tensors that have memory, and know
+    nothing of derivatives; cost O(nnz k).
 
     Attributes:
         pattern: where the values stand.
@@ -42,6 +43,8 @@ class Convention:
         """Gradient at the stored values of the gradient G = -u w^H at S: G_ij, or w_k (G_ij + G~_ji).
 
         u is [*P, m, k] and w [*P, n, k], without k if vector; the result is [*P, nnz]."""
+        if not u.is_cpu:
+            return self.outer_by_torch(u, w, vector)
         u, w = plain(u), plain(w)
         batch = u.shape[:-1] if vector else u.shape[:-2]
         out = torch.empty((*batch, self.pattern.nnz), dtype=u.dtype, device=u.device)
@@ -57,6 +60,8 @@ class Convention:
 
     def matvec(self, values: Tensor, x: Tensor, adjoint: bool) -> Tensor:
         """S x, or S^H x; values [*B, nnz] and x [*P, n, k] broadcast."""
+        if not x.is_cpu:
+            return self.matvec_by_torch(values, x, adjoint)
         size = self.pattern.n if adjoint else self.pattern.m
         batch = torch.broadcast_shapes(values.shape[:-1], x.shape[:-2])
         stride = 0
@@ -70,3 +75,43 @@ class Convention:
                 x.shape[-1], DTYPE_CODES[x.dtype], self.mirror, self.one_triangle, adjoint,
             )  # fmt: skip
         return y
+
+    def outer_by_torch(self, u: Tensor, w: Tensor, vector: bool = False) -> Tensor:
+        """`outer` on any device."""
+        u, w = (u.unsqueeze(-1), w.unsqueeze(-1)) if vector else (u, w)
+        rows, columns = self.pattern.on(u.device)
+
+        def product(i: Tensor, j: Tensor) -> Tensor:
+            return (u.index_select(-2, i) * w.index_select(-2, j).conj()).sum(-1)
+
+        G = product(rows, columns)
+        if self.mirror == NONE:
+            return -G
+        other = product(columns, rows)
+        return -self._weights(rows, columns) * (G + (other.conj() if self.mirror == CONJUGATED else other))
+
+    def matvec_by_torch(self, values: Tensor, x: Tensor, adjoint: bool) -> Tensor:
+        """`matvec` on any device. torch.use_deterministic_algorithms makes the order of the sums certain."""
+        rows, columns = self.pattern.on(x.device)
+        size = self.pattern.n if adjoint else self.pattern.m
+        batch = torch.broadcast_shapes(values.shape[:-1], x.shape[:-2])
+        y = torch.zeros((*batch, size, x.shape[-1]), dtype=x.dtype, device=x.device)
+
+        def add(i: Tensor, j: Tensor, v: Tensor) -> None:
+            terms = v.unsqueeze(-1) * x.index_select(-2, j)
+            y.index_add_(-2, i, terms.expand(*batch, *terms.shape[-2:]))
+
+        v = values.conj() if adjoint else values
+        if self.mirror == NONE:
+            add(*((columns, rows) if adjoint else (rows, columns)), v)
+            return y
+        if self.mirror == CONJUGATED:  # S^H = S
+            v = values
+        v = self._weights(rows, columns) * v
+        add(rows, columns, v)
+        add(columns, rows, v.conj() if self.mirror == CONJUGATED else v)
+        return y
+
+    def _weights(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """w_k, real."""
+        return torch.where(rows != columns, 1.0, 0.5) if self.one_triangle else torch.tensor(0.5, device=rows.device)

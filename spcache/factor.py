@@ -70,6 +70,7 @@ class NumericFactor:
         return (
             values.shape[:-1] == self.batch_shape
             and values.dtype == self.dtype
+            and values.is_cpu
             and self._copy.equals(values.data_ptr(), values.nbytes)
         )
 
@@ -77,10 +78,7 @@ class NumericFactor:
         """A^-1 b (adjoint: A^-H b) without derivatives; b is [*P, n] if vector, else [*P, n, k], P broadcast with the
         batch. NaN where a matrix has no factor."""
         if b.dtype != self.dtype:
-            raise RuntimeError(
-                f"the factor is of {self.dtype}, the right-hand side of {b.dtype}: the values were converted after "
-                f"they were used (module.to, tensor.data); solve again with the new ones"
-            )
+            self._refuse_dtype(b)
         own = 1 if vector else 2
         lead, factors, index = b.shape[:-own], 0, None
         if self.batch_shape and lead != self.batch_shape:
@@ -97,6 +95,12 @@ class NumericFactor:
         stats.seconds["solve"] += perf_counter() - start
         stats.solves += 1
         return x
+
+    def _refuse_dtype(self, b: Tensor) -> NoReturn:
+        raise RuntimeError(
+            f"the factor is of {self.dtype}, the right-hand side of {b.dtype}: the values were converted after "
+            f"they were used (module.to, tensor.data); solve again with the new ones"
+        )
 
     def info(self) -> Tensor:
         """[*B; int32] 0, or 1 + the failing column in the caller's numbering, or -1 where values are not finite."""
@@ -128,6 +132,10 @@ class Pool:
         self._idle: dict[tuple[int, int], list[tuple[Storage, ValuesCopy]]] = {}
         self._latest: weakref.ref[NumericFactor] | None = None
         self._used = False
+
+    def renewed(self, stats: Stats) -> Pool:
+        """The same plan for another system."""
+        return Pool(self.n, self.plan, self.assembly, stats, self.threads)
 
     def factorize(self, values: Tensor, check: bool) -> NumericFactor:
         """Factors contiguous `values` [*B, nnz] in storage that nobody else holds."""

@@ -16,8 +16,9 @@ from . import autograd
 from ._pattern import all_finite
 from .autograd import silence
 from .convention import CONJUGATED, NONE, TRANSPOSED, Convention
+from .device import DeviceFactor, DevicePool, HostFactor, Pairs, to_host
 from .dynamo import hide
-from .engines import DTYPE_CODES, engine_for
+from .engines import DTYPE_CODES, cudss, engine_for
 from .errors import MODIFIED, EngineUnavailableError, NotPositiveDefiniteError, SingularMatrixError
 from .factor import NumericFactor, Pool, describe
 from .memory import plain
@@ -30,6 +31,8 @@ __all__ = ["Factorizer"]
 
 # Values further from symmetric than this share of the largest entry are not what the kind says.
 _ASYMMETRY = 1e-4
+
+_CPU = "cpu"
 
 # kind -> (name, permutation): orderings that need not be computed again
 Orderings = dict[str, tuple[str, np.ndarray]]
@@ -54,7 +57,8 @@ class Factorizer:
         self.keep_factor: bool = options["keep_factor"]
         self._kind: str = options["kind"]
         self.checks: bool = options["check"]
-        self._pools: dict[str, Pool] = {}
+        self._pools: dict[tuple[str, str], Pool] = {}  # (kind, device)
+        self._pairs: dict[torch.device, Pairs] = {}
         self._held: NumericFactor | None = None
         mirror = {"spd": CONJUGATED, "hermitian": CONJUGATED, "symmetric": TRANSPOSED}.get(self._kind, NONE)
         self.convention = Convention(pattern, mirror, options["triangle"] is not None)
@@ -62,12 +66,12 @@ class Factorizer:
     def copy(self) -> Factorizer:
         """Shares the pattern and the plans; counters and factors start anew."""
         new = Factorizer(self.pattern, self.options, self.orderings)
-        for kind, pool in list(self._pools.items()):
-            new._pools[kind] = Pool(pool.n, pool.plan, pool.assembly, new.stats, pool.threads)
+        for key, pool in list(self._pools.items()):
+            new._pools[key] = pool.renewed(new.stats)
         return new
 
     def found_orderings(self) -> Orderings:
-        plans = {kind: pool.plan for kind, pool in list(self._pools.items())}
+        plans = {kind: pool.plan for (kind, _), pool in list(self._pools.items())}
         return self.orderings | {
             kind: (p.ordering, p.permutation) for kind, p in plans.items() if p.permutation is not None
         }
@@ -145,8 +149,10 @@ class Factorizer:
         Args:
             raising: raise where values are not finite or a matrix has no factor; None: if this system checks.
         """
-        raising = self.checks if raising is None else raising
         values = plain(values.detach())
+        if not values.is_cpu:
+            return self._find_on_device(values, raising)
+        raising = self.checks if raising is None else raising
         held = self._held
         if held is not None and held.same_values(values):
             self.stats.reuses += 1
@@ -166,6 +172,52 @@ class Factorizer:
             self._held = None
             self._raise(held)
         return held
+
+    def _find_on_device(self, values: Tensor, raising: bool | None) -> NumericFactor:
+        """As `find`. With check=False equal values are not recognized, and nobody waits for the device."""
+        if self.options["cuda"] == "host":
+            return HostFactor(self.find(to_host(values), raising), values.device)
+        reading = self.checks or raising is not None
+        raising = self.checks if raising is None else raising
+        held = self._held
+        if not (reading and isinstance(held, DeviceFactor) and held.may_be(values) and held.same_values(values)):
+            self._held = held = None
+            flags = self._flags(values) if reading else None
+            held = self._factorize(values)
+            assert isinstance(held, DeviceFactor)
+            if flags is not None:
+                held.settle()
+                self._look(values, flags.tolist(), raising)
+                held.finite = raising
+            if self.keep_factor:
+                self._held = held
+        else:
+            self.stats.reuses += 1
+            if raising and not held.finite:
+                self.require_finite("values", values)
+        if raising and held.failures is not None:
+            self._held = None
+            self._raise(held)
+        return held
+
+    def _flags(self, values: Tensor) -> Tensor:
+        """[1 + 2 *B] whether all values are finite; differences of the triangles and largest magnitudes."""
+        flags = [torch.isfinite(values).all().double().reshape(1)]
+        if self.checks and self.convention.mirror != NONE and not self.convention.one_triangle:
+            flags += [t.double().reshape(-1) for t in self._pairs_on(values.device).asymmetry(
+                values, self.convention.mirror == CONJUGATED)]  # fmt: skip
+        return torch.cat(flags)
+
+    def _look(self, values: Tensor, flags: list[float], raising: bool) -> None:
+        if raising and not flags[0]:
+            self.require_finite("values", values)
+        batch = len(flags) // 2
+        for e in range(batch):
+            self._check_asymmetry(values, e, flags[1 + e], flags[1 + batch + e])
+
+    def _pairs_on(self, device: torch.device) -> Pairs:
+        pairs = self._pairs.get(device)
+        return self._pairs.setdefault(device, Pairs(self.pattern, device)) if pairs is None else pairs
 
     def recall(self, memo: autograd.Memo, values: Tensor, b: Tensor) -> NumericFactor:
         """The factor of values from memo, by exact comparison, or found and put there."""
@@ -204,43 +256,57 @@ class Factorizer:
 
     def _factorize(self, values: Tensor) -> NumericFactor:
         if self._kind != "auto":
-            return self._pool(self._kind).factorize(values, self.checks)
+            return self._pool(self._kind, values.device).factorize(values, self.checks)
         if self._looks_positive(values):
-            numeric = self._pool("spd").factorize(values, self.checks)
+            numeric = self._pool("spd", values.device).factorize(values, self.checks)
+            if isinstance(numeric, DeviceFactor):
+                numeric.settle()
             if numeric.failures is None:
                 return numeric
             del numeric
-        return self._pool("general").factorize(values, self.checks)
+        return self._pool("general", values.device).factorize(values, self.checks)
 
-    def _pool(self, kind: str) -> Pool:
+    def _pool(self, kind: str, device: torch.device) -> Pool:
         """The pool that serves a kind other than "auto"; its plan comes from the plan cache or is analyzed now."""
-        pool = self._pools.get(kind)
+        key = kind, _CPU if device.type == "cpu" else str(device)
+        pool = self._pools.get(key)
         if pool is None:
             start = perf_counter()
-            engine, contributions = engine_for("cpu", kind), self._contributions(kind)
+            engine = self._engine(device, kind)
+            on_device = engine is cudss
+            contributions = self._contributions(kind, on_device)
             ordering = self.options["ordering"]
+            structure = contributions.structure
+            named = (ordering,) if on_device else self.orderings.get(kind, (ordering,))
+            where = (kind, device) if on_device else ()
 
             def analyze() -> Any:
-                return engine.analyze(contributions.structure, *self.orderings.get(kind, (ordering,)))
+                return engine.analyze(structure, *named, *where)
 
-            plan, found = plan_cache.find((engine.__name__, contributions.structure, ordering), analyze)
+            plan, found = plan_cache.find((engine.__name__, structure, ordering, *where), analyze)
             averaged = self.convention.mirror != NONE or kind == "spd"
             one_triangle = self.convention.one_triangle
             assembly = plan.assembly(
                 self.pattern.nnz, contributions.slots, contributions.sources, contributions.roles,
                 0.5 if averaged and not one_triangle else 1.0, kind in ("spd", "hermitian"),
             )  # fmt: skip
-            pool = self._pools.setdefault(
-                kind, Pool(self.pattern.n, plan, assembly, self.stats, self.options["threads"])
-            )
+            if on_device:
+                pool = DevicePool(self.pattern.n, plan, assembly, self.stats, self.convention.matvec, self.checks)
+            else:
+                pool = Pool(self.pattern.n, plan, assembly, self.stats, self.options["threads"])
+            pool = self._pools.setdefault(key, pool)
             self.stats.analyses += not found
             self.stats.seconds["analyze"] += perf_counter() - start
         stats, plan = self.stats, pool.plan
         stats.engine, stats.ordering, stats.nnz_factor, stats.flops = plan.engine, plan.ordering, plan.nnz, plan.flops
         return pool
 
-    def _contributions(self, kind: str) -> Contributions:
-        if kind == "spd":
+    def _engine(self, device: torch.device, kind: str) -> Any:
+        return engine_for(device.type, kind)
+
+    def _contributions(self, kind: str, triangle: bool) -> Contributions:
+        """triangle: the engine takes one of every symmetric matrix."""
+        if kind == "spd" or (triangle and kind != "general"):
             return self.pattern.lower
         return self.pattern.stored if kind == "general" else self.pattern.mirrored
 
@@ -248,7 +314,7 @@ class Factorizer:
 
     def require_finite(self, name: str, t: Tensor) -> None:
         t = plain(t.detach())
-        if all_finite(t.data_ptr(), t.numel(), DTYPE_CODES[t.dtype]):
+        if all_finite(t.data_ptr(), t.numel(), DTYPE_CODES[t.dtype]) if t.is_cpu else bool(torch.isfinite(t).all()):
             return
         first = tuple((~torch.isfinite(t)).nonzero()[0].tolist())
         raise ValueError(
@@ -262,20 +328,25 @@ class Factorizer:
             difference, largest = self.pattern.paired.asymmetry(
                 address, self.pattern.nnz, dtype, self.convention.mirror == CONJUGATED
             )
-            if difference > _ASYMMETRY * largest:
-                what = "Hermitian" if self.convention.mirror == CONJUGATED and values.is_complex() else "symmetric"
-                where = _where(_batch_index(e, values.shape[:-1]))
-                raise ValueError(
-                    f"values are not {what}{where}: entries (i, j) and (j, i) differ by up to {difference:.3g}, the "
-                    f"largest entry is {largest:.3g}; kind={self._kind!r} allows {_ASYMMETRY:g} of it. "
-                    "Use kind='general'"
-                )
+            self._check_asymmetry(values, e, difference, largest)
+
+    def _check_asymmetry(self, values: Tensor, e: int, difference: float, largest: float) -> None:
+        if difference > _ASYMMETRY * largest:
+            what = "Hermitian" if self.convention.mirror == CONJUGATED and values.is_complex() else "symmetric"
+            where = _where(_batch_index(e, values.shape[:-1]))
+            raise ValueError(
+                f"values are not {what}{where}: entries (i, j) and (j, i) differ by up to {difference:.3g}, the "
+                f"largest entry is {largest:.3g}; kind={self._kind!r} allows {_ASYMMETRY:g} of it. "
+                "Use kind='general'"
+            )
 
     def _looks_positive(self, values: Tensor) -> bool:
         """Whether every matrix of the batch is Hermitian to rounding with a positive diagonal."""
         if self.pattern.m != self.pattern.n:
             return False
         tolerance = 16 * torch.finfo(values.dtype).eps
+        if not values.is_cpu:
+            return self._pairs_on(values.device).positive_hermitian(values, tolerance)
         return all(
             self.pattern.paired.positive_hermitian(address, self.pattern.nnz, dtype, tolerance)
             for address, dtype in _matrices(values)
@@ -303,10 +374,9 @@ class Factorizer:
                 f"values must have shape (*batch, {self.pattern.nnz}), one number per column of indices, "
                 f"got {tuple(values.shape)}"
             )
-        if not values.is_cpu:
+        if not values.is_cpu and not values.is_cuda:
             raise EngineUnavailableError(
-                f"values are on {values.device}: this version of spcache has engines for the CPU only; "
-                "move values and b there with .cpu()"
+                f"values are on {values.device}: spcache has engines for the CPU and CUDA; move values and b there"
             )
 
     def check_square(self) -> None:
@@ -336,7 +406,11 @@ class Factorizer:
                 f"{name} must have the dtype of values, {values.dtype}, got {b.dtype}; "
                 f"convert it: {name}.to(values.dtype)"
             )
-        if b.layout is not torch.strided or not b.is_cpu:
+        if (
+            b.layout is not torch.strided
+            or b.is_cpu is not values.is_cpu
+            or (not b.is_cpu and b.device != values.device)
+        ):
             raise TypeError(
                 f"{name} must be a dense tensor on the device of values, got layout {b.layout} on {b.device}"
             )

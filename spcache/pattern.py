@@ -68,6 +68,7 @@ class Pattern:
             raise ValueError(f"n must be below 2^31, got {max(m, n)}")
         self.m, self.n = m, n
         self.rows, self.columns = _rows_and_columns(indices, m, n)
+        self._on: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def nnz(self) -> int:
@@ -79,6 +80,14 @@ class Pattern:
         """Memory of the indices, and of the structures asked for so far."""
         made = (self.__dict__.get(name) for name in ("stored", "lower", "mirrored"))
         return self.rows.nbytes + self.columns.nbytes + sum(c.nbytes for c in made if c is not None)
+
+    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and columns of the entries as tensors [nnz; int64] on a device, kept for the next time."""
+        kept: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = self._on
+        if device not in kept:
+            row, column = (torch.from_numpy(a).to(device, torch.int64) for a in (self.rows, self.columns))
+            kept.setdefault(device, (row, column))
+        return kept[device]
 
     @lazy
     def entries(self) -> Entries:

@@ -83,11 +83,13 @@ class SparseSystem:
         keep_factor: bool = True,
         precision: str = "working",
         check: bool = True,
+        cuda: str = "cudss",
     ):
         m, n = _shape(n)
         _choice("kind", kind, KINDS)
         _choice("triangle", triangle, (None, "lower", "upper"))
         _choice("precision", precision, ("working",))
+        _choice("cuda", cuda, ("cudss", "host"))
         if threads is not None:
             threads = _integer("threads", threads)
             if not 1 <= threads <= 1024:
@@ -102,7 +104,7 @@ class SparseSystem:
         pattern = Pattern(indices, m, n)
         options = {
             "kind": kind, "triangle": triangle, "ordering": ordering, "threads": threads,
-            "keep_factor": bool(keep_factor), "precision": precision, "check": bool(check),
+            "keep_factor": bool(keep_factor), "precision": precision, "check": bool(check), "cuda": cuda,
         }  # fmt: skip
         if kind in ("spd", "symmetric", "hermitian"):
             _require_partners(pattern, kind, triangle)

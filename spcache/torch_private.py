@@ -16,6 +16,7 @@ from torch.autograd import Function, forward_ad
 
 __all__ = [
     "below_autograd",
+    "current_raw_stream",
     "dispatch_modes",
     "forward_mode_on",
     "in_dual_level",
@@ -118,3 +119,8 @@ dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack
 
 # The context in which operators take no notice of autograd; None: use torch.library.register_autograd.
 below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
+
+# (device index) -> address of the current CUDA stream, without an object for it.
+current_raw_stream: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
+)

@@ -23,6 +23,7 @@ LEVELS = [
     ["functional", "_operators"],
     ["system"],
     ["factorizer"],
+    ["device"],
     ["factor"],
     ["library"],
     ["iterative", "autograd"],
@@ -31,14 +32,15 @@ LEVELS = [
     ["pattern"],
     ["engines"],
     ["engines.multifrontal", "engines.klu", "engines.cudss"],
-    ["memory", "engines.protocol", "_pattern", "engines._multifrontal", "engines._klu"],
+    ["memory", "engines.protocol", "_pattern", "engines._multifrontal", "engines._klu", "engines._cudss"],
     ["errors", "version", "dynamo", "torch_private"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 NATIVE = {  # module -> who may import it
-    "_pattern": ["pattern", "factorizer", "factor", "engines.klu", "engines.multifrontal"],
+    "_pattern": ["pattern", "factorizer", "factor", "device", "engines.klu", "engines.multifrontal"],
     "engines._klu": ["engines.klu"],
+    "engines._cudss": ["engines.cudss"],
     "engines._multifrontal": ["engines.multifrontal"],
 }
 

@@ -119,7 +119,7 @@ WRONG_ARGUMENTS = [
     (V[0], B, ValueError, r"values must have shape \(\*batch, 5\).* got \(\)"),
     (V.expand(2, 5).T, B, ValueError, r"values must have shape \(\*batch, 5\).* got \(5, 2\)"),
     (V.to_sparse(), B, TypeError, "values must be a dense vector of entries, got layout torch.sparse_coo; .*from_matrix"),
-    (V.to("meta"), B.to("meta"), EngineUnavailableError, r"values are on meta: .*CPU only.*\.cpu\(\)"),
+    (V.to("meta"), B.to("meta"), EngineUnavailableError, r"values are on meta: .*CPU and CUDA.*move"),
     (V, B.tolist(), TypeError, "must be a torch.Tensor, got list"),
     (V, None, TypeError, "must be a torch.Tensor, got NoneType"),
     (V, B.double(), TypeError, r"must have the dtype of values, torch.float32, got torch.float64; convert it: .\.to\(values.dtype\)"),

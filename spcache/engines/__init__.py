@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from ..errors import EngineUnavailableError
-from . import klu, multifrontal
+from . import cudss, klu, multifrontal
 from .protocol import DTYPE_CODES, Failure, Storage, Structure, SymbolicFactor
 
 __all__ = ["DTYPE_CODES", "KINDS", "Failure", "Storage", "Structure", "SymbolicFactor", "engine_for"]
@@ -19,6 +19,10 @@ _TABLE: dict[tuple[str, str], ModuleType] = {
     ("cpu", "symmetric"): klu,
     ("cpu", "hermitian"): klu,
     ("cpu", "general"): klu,
+    ("cuda", "spd"): cudss,
+    ("cuda", "symmetric"): cudss,
+    ("cuda", "hermitian"): cudss,
+    ("cuda", "general"): cudss,
 }
 
 
@@ -28,5 +32,5 @@ def engine_for(device: str, kind: str) -> ModuleType:
         return _TABLE[device, kind]
     except KeyError:
         raise EngineUnavailableError(
-            f"no engine solves kind={kind!r} on device {device!r}; move values and b to the CPU"
+            f"no engine solves kind={kind!r} on device {device!r}; move values and b to the CPU, or to CUDA"
         ) from None
