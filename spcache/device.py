@@ -6,6 +6,7 @@ What the host has to know is read as one status after all work has been asked fo
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from ._pattern import Loan, ValuesCopy
 from .engines.cudss import Assembly, Storage, SymbolicFactor
-from .engines.protocol import DTYPE_CODES
+from .engines.protocol import DTYPE_CODES, Failure
 from .errors import SingularMatrixError
-from .factor import NumericFactor, Pool
+from .factor import KEEP_IDLE, NumericFactor, Pool
 from .memory import plain
 from .pattern import Pattern
 
@@ -27,6 +28,7 @@ __all__ = ["DeviceFactor", "DevicePool", "HostFactor", "Pairs", "to_host"]
 # Refinement after perturbed pivots, in units of eps of the scaled residual: what is good enough, and what is not
 # accepted. It ends where a step does not halve the residual.
 _GOOD, _BAD, _STEPS = 4.0, 1e3, 20
+_PROBES = 3  # solves that have to bring the residual down
 
 
 class DevicePool(Pool):
@@ -67,7 +69,9 @@ class DevicePool(Pool):
         stats.factorizations += 1
         stats.matrices += batch
         stats.refactorizations += storage.refactorized
-        return DeviceFactor(self, Loan(storage, copy, idle, 4), values, kept)
+        factor = DeviceFactor(self, Loan(storage, copy, idle, KEEP_IDLE), values, kept)
+        self._latest = weakref.ref(factor)
+        return factor
 
 
 class DeviceFactor(NumericFactor):
@@ -94,11 +98,38 @@ class DeviceFactor(NumericFactor):
             return
         start = perf_counter()
         self.failures, self._settled = self.storage.failures(), True
+        self._look_at_perturbed()
         self._stats.seconds["factorize"] += perf_counter() - start
         self._stats.nnz_factor = self.plan.nnz
         if self.failures is not None:
             failed = torch.tensor([f is not None for f in self.failures], device="cpu")
             self.failed = failed.to(self._device).view(self.batch_shape)
+
+    def _look_at_perturbed(self) -> None:
+        """A matrix some of whose pivots had to be replaced is singular to working precision where refinement does not
+        bring the residual of a random right-hand side down; the largest part of its solution tells the column."""
+        perturbed = [e for e, count in enumerate(self.storage.perturbed) if count]
+        if not perturbed:
+            return
+        failures = list(self.failures or [None] * self.storage.batch)
+        generator = torch.Generator("cpu").manual_seed(0)
+        b = torch.randn(1, self.n, dtype=self.dtype, generator=generator, device="cpu").to(self._device)
+        for e in perturbed:
+            x, r = torch.zeros_like(b), b
+            for _ in range(_PROBES):
+                x = x + self._apply(e, r, False)
+                r = b - self._pool.multiply(self._values(e), x.mT, False).mT
+            if failures[e] is None and not float(r.norm() / b.norm()) < 0.1:
+                failures[e] = Failure(int(x[0].abs().nan_to_num(torch.inf).argmax()), "singular")
+        self.failures = failures if any(f is not None for f in failures) else None
+
+    def _norm(self, e: int, adjoint: bool) -> Tensor:
+        """An upper bound of the largest row sum of |S| or |S^H|."""
+        ones = torch.ones(self.n, 1, dtype=self.dtype, device=self._device)
+        return self._pool.multiply(self._values(e).abs().to(self.dtype), ones, adjoint).abs().amax()
+
+    def _values(self, e: int) -> Tensor:
+        return self._kept.view(-1, self._kept.shape[-1])[e]
 
     @property
     def nbytes(self) -> int:
@@ -125,11 +156,14 @@ class DeviceFactor(NumericFactor):
             lead = torch.broadcast_shapes(lead, self.batch_shape)
             b = b.expand(*lead, *b.shape[-own:])
         start = perf_counter()
-        columns = plain(b if vector else b.mT)  # [*P, n] or [*P, k, n]
-        x = self._solve_columns(columns.view(math.prod(lead), -1, self.n), lead, adjoint).view(columns.shape)
+        x = torch.empty(b.shape, dtype=b.dtype, device=b.device)
+        columns = plain(b if vector else b.mT).view(math.prod(lead), -1, self.n)  # [P, k, n]
+        (x if vector else x.mT).copy_(
+            self._solve_columns(columns, lead, adjoint).view(b.shape if vector else b.mT.shape)
+        )
         self._stats.seconds["solve"] += perf_counter() - start
         self._stats.solves += 1
-        return x if vector else x.mT.contiguous()
+        return x
 
     def _solve_columns(self, b: Tensor, lead: torch.Size, adjoint: bool) -> Tensor:
         """b: [P, k, n]"""
@@ -151,15 +185,10 @@ class DeviceFactor(NumericFactor):
         x = self._apply(e, b, adjoint)
         if not self._pool.checks or not self.storage.perturbed[e]:
             return x
-        values, dtype = self._kept.view(-1, self._kept.shape[-1])[e], self.dtype
-
-        def multiply(values: Tensor, x: Tensor) -> Tensor:
-            return self._pool.multiply(values, x.mT, adjoint).mT
-
-        norm = multiply(values.abs().to(dtype), torch.ones(1, self.n, dtype=dtype, device=b.device)).abs().amax()
-        before, eps = math.inf, torch.finfo(dtype).eps
+        values, norm = self._values(e), self._norm(e, adjoint)
+        before, eps = math.inf, torch.finfo(self.dtype).eps
         for _ in range(_STEPS):
-            r = b - multiply(values, x)
+            r = b - self._pool.multiply(values, x.mT, adjoint).mT
             scale = norm * x.abs().amax(-1) + b.abs().amax(-1)
             error = float((r.abs().amax(-1) / (scale + (scale == 0))).amax()) / eps
             if not error > _GOOD or not error < before / 2:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Factor", "NumericFactor", "Pool", "describe"]
 
 # Idle storages a pool keeps: fresh memory costs page faults at every step.
-_KEEP_IDLE = 4
+KEEP_IDLE = 4
 
 
 class NumericFactor:
@@ -163,14 +163,14 @@ class Pool:
         if storage.refactorized and self._used:
             stats.refactorizations += 1
         self._used = True
-        factor = NumericFactor(self, Loan(storage, copy, idle, _KEEP_IDLE), values)
+        factor = NumericFactor(self, Loan(storage, copy, idle, KEEP_IDLE), values)
         self._latest = weakref.ref(factor)
         return factor
 
     def _make_room(self) -> None:
         """Lets go of what other scalar types and batches left idle, beyond a few."""
         lists = list(self._idle.values())
-        excess = sum(map(len, lists)) - _KEEP_IDLE + 1
+        excess = sum(map(len, lists)) - KEEP_IDLE + 1
         for idle in lists:
             while excess > 0 and idle:
                 idle.pop(0)

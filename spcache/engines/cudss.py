@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_bipartite_matching
 from torch import Tensor
 
 from ..errors import EngineUnavailableError
@@ -127,6 +129,7 @@ class SymbolicFactor:
 
     Attributes:
         nnz, flops: of the factor, as cuDSS says; 0 and nan before the first analysis.
+        hopeless: why no matrix of this structure has a factor, or None.
     """
 
     engine = "cudss"
@@ -138,6 +141,7 @@ class SymbolicFactor:
         self.nnz, self.flops = 0, float("nan")
         self.library = library()
         indptr, indices = structure.indptr, structure.indices
+        self.hopeless = _hopeless(structure, kind)
         self._place: np.ndarray | None = None  # of each canonical slot in the CSR array, where they differ
         if not structure.triangle:
             columns = np.repeat(np.arange(self.n, dtype=np.int32), np.diff(indptr))
@@ -229,6 +233,20 @@ class SymbolicFactor:
         """Remembers what the first analysis found; waits for the device."""
         self.nnz = int(data.get(LU_NNZ, np.zeros(1, np.int64), stream)[0])
         self._permutation = data.get(PERM_REORDER_ROW, np.empty(self.n, np.int32), stream)
+
+
+def _hopeless(structure: Structure, kind: str) -> Failure | None:
+    """By the structure alone: a diagonal entry that is not there, or a column that no row is left for."""
+    n, columns = structure.n, np.repeat(np.arange(structure.n), np.diff(structure.indptr))
+    if kind == "spd":
+        there = np.zeros(n, bool)
+        there[columns[structure.indices == columns]] = True
+        return None if there.all() else Failure(int(np.argmin(there)), "not positive definite")
+    A = csr_array((np.ones(len(columns), np.int8), structure.indices, structure.indptr), shape=(n, n))
+    if structure.triangle:
+        A = csr_array(A + A.T)
+    row = maximum_bipartite_matching(A, perm_type="column")  # of each column: A is stored by columns
+    return None if (row >= 0).all() else Failure(int(np.argmin(row)), "structurally singular")
 
 
 class Assembly:
@@ -380,6 +398,8 @@ class Storage:
                 self._slots.append(_Slot(self.plan, self.dtype))
             self.refactorized = self.refactorized and all(slot.factorized for slot in self._slots)
             self._values = assembled
+            if self.plan.hopeless is not None:
+                return
             dummy = assembled.new_empty(self.plan.n)
             columns = self._columns(dummy, 1)
             stride = assembled.shape[-1] * assembled.element_size()
@@ -389,6 +409,8 @@ class Storage:
     def failures(self) -> Sequence[Failure | None] | None:
         """As in protocol.py; waits for the device. The column is cuDSS's: in its own numbering of pivots."""
         reason = "not positive definite" if self.plan.kind == "spd" else "singular"
+        if self.plan.hopeless is not None:
+            return [self.plan.hopeless] * self.batch
         with self._lock, self.plan.device.current():
             stream = self._enter()
             info = [slot.number(INFO, stream) for slot in self._slots]
