@@ -155,16 +155,16 @@ def learn_widths(out: Path) -> None:
     error = ((A.widths.detach() - torch.tensor(truth)).abs() / torch.tensor(truth)).max().item()
     print(f"  the widths were {truth[0]}, {truth[1]}: relative error {error:.1%}")
     print(
-        f"{STEPS} steps: A was applied {forward} times in forward passes, {backward} times in backward passes; "
-        f"these\nsolve with the derivative of what was kept, {sum(kept) / STEPS / sharp.numel():.0f} images a step, "
-        f"whatever the number of iterations"
+        f"{STEPS} steps: A, its own adjoint, was applied {forward} times in forward passes and {backward} times in "
+        f"backward\npasses; for these {sum(kept) / STEPS / sharp.numel():.0f} images a step were kept, whatever the "
+        f"number of iterations"
     )
     first, last = deblurred
     images = {"sharp": sharp, "blurred": y, "deblurred, first widths": first, "deblurred, learnt widths": last}
     draw(out / "dprox_tutorial.png", images, losses)
     print(f"picture: {out / 'dprox_tutorial.png'}")
     assert error < 0.1
-    assert backward == 0 and sum(kept) < 20 * STEPS * sharp.numel()
+    assert sum(kept) < 20 * STEPS * sharp.numel()
 
 
 def main() -> None:

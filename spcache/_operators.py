@@ -9,12 +9,16 @@ from one evaluation y = A(z), which the forward pass makes at z = x and keeps:
 
     A^H v = VJP of y with respect to z,    grad theta = VJP of y with respect to theta, cotangent -lam.
 
-Nothing is evaluated again in backward, so what A depends on, tracked or not, cannot have changed in between: autograd
-looks at the versions of the tensors that the graph of y saved, and raises.
+Derivatives are those of y, so what A depends on, tracked or not, cannot have changed in between: autograd looks at the
+versions of the tensors that the graph of y saved, and raises. Only where the solver is for Hermitian A does a backward
+pass apply A again, in place of its VJP, which costs more; and only if both agree on a probe, as they do while A is what
+it was.
 
 Stand-ins. While y is evaluated, every tensor with a history that A reads is replaced by a detached alias, a leaf. The
 graph of y then ends at A's own tensors, be they leaves or results: these become the inputs of the autograd node. So
 hooks run once, a gradient may be asked for an intermediate result, and no graph but our own is run through or freed.
+A torch function mode puts them in place; the Functions of spcache, which torch shows to no mode, show themselves
+(`autograd.seen`).
 
 Higher derivatives. lam is itself a solve, with the operator A^H, whose evaluation is a VJP of y. The VJP for theta is a
 function of stand-ins (z, theta', lam'); `_Graft` gives its value the history of what they stand for (x, theta, lam),
@@ -35,7 +39,10 @@ from torch.autograd import Function, forward_ad
 from torch.overrides import TorchFunctionMode
 
 from . import iterative
+from .autograd import seen
 from .dynamo import hide
+from .functional import system_of
+from .matrices import entries_of
 from .torch_private import in_dual_level, transformed
 
 __all__ = ["solve_operator"]
@@ -44,6 +51,7 @@ _Apply = Callable[[Tensor], Tensor]
 
 SOLVERS = ("cg", "minres", "bicgstab", "gmres", "lsmr")
 HERMITIAN_SOLVERS = ("cg", "minres")
+SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
 
 
 def solve_operator(
@@ -62,17 +70,21 @@ def solve_operator(
 
     Args:
         A: linear, maps tensors of the shape and dtype of b to the same: a function, an `nn.Module`, a matrix, or an
-            object with `matmul`, `matvec` or `@`, and perhaps `rmatvec`, `adjoint`, `mH`, `H` or `T`.
+            object with `matmul`, `matvec` or `@`, and perhaps `rmatvec`, `adjoint`, `mH`, `H` or `T`. The gradient of a
+            sparse COO, CSR or CSC matrix is sparse, in its layout, at its stored entries.
         b: any shape; float32, float64, complex64 or complex128, any device. The solver sees one vector [N].
         solver: a name in `spcache.iterative` (cg and minres only for Hermitian A), or a function
             `solver(apply, b, **options)` that returns x or (x, ...), with `apply` and b, x on vectors [N]
             (`apply.rmatvec` is the adjoint); its attribute `hermitian = True`, if any, says that it is for such A.
         adjoint: v -> A^H v, if that is cheaper than the derivative of A. Checked against it in every backward pass.
-        adjoint_options: the options of the solves with A^H; default `options`, without x0 and callback, with the
-            adjoint of M.
+        adjoint_options: the options of the solves with A^H, whose right-hand sides have norm one; default `options`,
+            without x0 and callback, with the adjoint of M, and with atol / ||b|| for the atol of a named solver (where
+            that is not below one, with the solver's own tolerances). A function gets its tolerances as they are: an
+            absolute one that is right for b may be wrong for norm one, and needs adjoint_options.
         options: for the solver: rtol, atol, maxiter, x0, M, callback, check, ... With a named solver x0 has the shape
             of b, and a function M takes and returns that shape; matrices, factors and the preconditioners of
-            `spcache.iterative` are for vectors [N]. An M without derivative or adjoint needs adjoint_options.
+            `spcache.iterative` are for vectors [N]. An M without derivative or adjoint needs adjoint_options. The damp
+            of lsmr must be 0: x would solve another problem.
 
     Returns:
         x: shape, dtype and device of b.
@@ -84,12 +96,15 @@ def solve_operator(
         RuntimeError: in backward, where something that A depends on was changed in place.
 
     Cost:
-        Forward: the solver's, and one application of A. Backward: a solve with A^H, whose cotangent is scaled to norm
-        one, and one vector-Jacobian product of A. A zero cotangent needs no solve.
+        Forward: the solver's, one application of A, and for a function `solver` one copy of b. Backward: a solve with
+        A^H, whose cotangent is scaled to norm one, and one vector-Jacobian product of A. A zero cotangent needs no
+        solve.
 
     Note:
-        A tensor that A hands to a custom `autograd.Function` before any torch function has seen it cannot be replaced
-        by a stand-in. Its gradient goes straight to the leaves behind it: right, but their hooks run twice.
+        A tensor that A hands to a custom `autograd.Function` (spcache's own excepted) before any torch function has
+        seen it cannot be replaced by a stand-in. Its gradient goes straight to the leaves behind it, whose hooks run
+        twice: a hook that changes the gradient does so twice. An intermediate result gets none. To be seen is enough:
+        `Function.apply(w.view_as(w), x)`.
 
     Example:
         >>> import torch, spcache
@@ -112,6 +127,8 @@ def _solve_operator(
     if not isinstance(b, Tensor) or b.layout is not torch.strided or not (b.is_floating_point() or b.is_complex()):
         what = f"{b.layout} {b.dtype}" if isinstance(b, Tensor) else type(b).__name__
         raise TypeError(f"b must be a dense real or complex torch.Tensor, got {what}")
+    if b.is_meta:
+        raise TypeError("b must be on a device with numbers, got meta: an iteration has to look at them")
     if transformed():
         raise NotImplementedError("solve_operator does not work under torch.func transforms; use torch.autograd")
     apply, given = _functions(A, adjoint)
@@ -134,6 +151,10 @@ def _functions(A: Any, adjoint: _Apply | None = None) -> tuple[_Apply, _Apply | 
         raise TypeError(f"adjoint must be a callable v -> A^H v, got {type(adjoint).__name__}")
     if isinstance(A, torch.nn.Module) or inspect.isroutine(A):
         return A, adjoint
+    if isinstance(A, Tensor) and A.requires_grad and A.layout in SPARSE:  # torch's gradient would be dense
+        entries = entries_of(A)
+        system = system_of(entries)
+        return lambda x: system.matmul(entries.values, x), adjoint
     found = iterative.as_operator(A)
     if adjoint is not None or isinstance(A, Tensor):
         return found.apply, adjoint
@@ -178,11 +199,16 @@ class _Flat:
         return self._run(self._operator.apply, x)
 
     def rmatvec(self, v: Tensor) -> Tensor:
-        if self._pull is None:
-            self._pull = _evaluate(self._operator.graph, torch.zeros_like(self.like)).vjp
-        return self._run(self._pull, v)
+        return self._run(self.pull(), v)
 
     __call__ = __matmul__ = matvec
+
+    def pull(self) -> _Apply:
+        if self._pull is None:
+            at = _evaluate(self._operator.graph, torch.zeros_like(self.like))
+            at.require_differentiable()
+            self._pull = at.vjp
+        return self._pull
 
     def _run(self, function: _Apply, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -202,13 +228,18 @@ def _require_like(y: Any, like: Tensor) -> None:
 
 @dataclass
 class _Method:
-    """How to solve, and with which options."""
+    """How to solve, and with which options.
+
+    Attributes:
+        norm_b: of the user's b, which an atol is for.
+    """
 
     solver: str | Callable[..., Any]
     hermitian: bool
     options: dict[str, Any]
     adjoint_options: dict[str, Any] | None
     run: Callable[..., Any] = field(init=False)
+    norm_b: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         if callable(self.solver):
@@ -217,21 +248,42 @@ class _Method:
             self.run = getattr(iterative, self.solver)
         else:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)} or a callable, got {self.solver!r}")
+        damp = self.options.get("damp") or (self.adjoint_options or {}).get("damp")
+        if self.solver == "lsmr" and damp:
+            raise ValueError(
+                f"damp must be 0, got {damp}: x would not solve A x = b, whose derivative is taken; for a damped x "
+                f"solve A^H A x + damp^2 x = A^H b"
+            )
 
     def __call__(self, A: _Flat, b: Tensor, transposed: bool, cotangent: bool) -> Tensor:
         """x [N] with A x = b; transposed: A is the adjoint of the user's operator; cotangent: b is no user's b."""
         options = self.options
         if cotangent:
-            options = {key: value for key, value in options.items() if key not in ("x0", "callback")}
+            options = self._for_cotangents()
         if transposed and self.adjoint_options is not None:
             options, transposed = self.adjoint_options, False
         if isinstance(self.solver, str):
             options = self._flattened(options, A, transposed and not self.hermitian)
-        found = self.run(A, b, **options)
+        own = cotangent or isinstance(self.solver, str)  # else b is the user's, whom a function must not overwrite
+        found = self.run(A, b if own else b.clone(), **options)
+        if not cotangent and options.get("atol"):
+            self.norm_b = _norm(b)
         x = found[0] if isinstance(found, tuple) else found
         if x.numel() != b.numel() or x.dtype != b.dtype:
             raise ValueError(f"the solver must return {b.numel()} numbers of {b.dtype}, got {x.numel()} of {x.dtype}")
         return x.detach().clone()  # it may be the solver's, x0 or b
+
+    def _for_cotangents(self) -> dict[str, Any]:
+        """The options for a right-hand side of norm one: atol as the same share of it as of the user's b. One that lets
+        x = 0 pass says nothing of the accuracy of gradients: then the method's own tolerances serve."""
+        options = {key: value for key, value in self.options.items() if key not in ("x0", "callback")}
+        if isinstance(self.solver, str) and self.solver != "lsmr" and options.get("atol"):  # lsmr's is relative
+            atol = options.pop("atol")
+            if atol < self.norm_b:
+                options["atol"] = atol / self.norm_b
+            elif not options.get("rtol"):
+                options.pop("rtol", None)
+        return options
 
     @staticmethod
     def _flattened(options: dict[str, Any], A: _Flat, transposed: bool) -> dict[str, Any]:
@@ -252,7 +304,22 @@ def _preconditioner(M: Any, A: _Flat, transposed: bool) -> Any:
     ours = isinstance(M, iterative.diagonal | iterative.block_diagonal | iterative.incomplete)
     apply, adjoint = _functions(M)
     flat = _Flat(_Operator(apply, adjoint, apply), A.like.reshape(-1) if ours else A.like)
-    return flat.rmatvec if transposed else flat.matvec
+    if not transposed:
+        return flat.matvec
+    try:
+        flat.pull()
+    except (RuntimeError, TypeError) as error:
+        raise RuntimeError(
+            "M has no derivative, hence no adjoint for the solves with A^H of the backward pass: pass adjoint_options, "
+            "the options of these solves, with an M for A^H or with none"
+        ) from error
+    return flat.rmatvec
+
+
+def _norm(v: Tensor) -> float:
+    """Also of what is tiny or huge, whose squares would underflow or overflow."""
+    largest = v.abs().max()
+    return float(largest) * float(torch.linalg.vector_norm(v / largest)) if largest else 0.0
 
 
 def _numbers(operator: _Operator, method: _Method, b: Tensor, transposed: bool, cotangent: bool) -> Tensor:
@@ -434,7 +501,7 @@ def _solve(
         return x
     if operator.adjoint is None:
         at.require_differentiable()
-    return _Solve.apply(at, operator, method, transposed, b, *at.originals)
+    return _Solve.apply(at, operator, method, transposed, *seen(b, *at.originals))
 
 
 class _Solve(Function):

@@ -44,6 +44,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
 
 from .dynamo import hide
 from .torch_private import in_dual_level, in_forward_mode, transformed
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     from .convention import Convention
     from .factor import NumericFactor
 
-__all__ = ["LeastSquares", "Matvec", "Memo", "Outer", "Solve", "Source", "matmul", "silence", "solve"]
+__all__ = ["LeastSquares", "Matvec", "Memo", "Outer", "Solve", "Source", "matmul", "seen", "silence", "solve"]
 
 
 def _requires_grad(a: Tensor, b: Tensor) -> bool:
@@ -62,6 +63,14 @@ def _requires_grad(a: Tensor, b: Tensor) -> bool:
 def _differentiated() -> bool:
     """Whether a backward pass may itself be differentiated, so that native shortcuts are out of place."""
     return torch.is_grad_enabled() or transformed() or in_dual_level()
+
+
+_MODE = (None,)  # `has_torch_function` of it: whether a mode sees torch functions
+
+
+def seen(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, or what such modes put in their place (`solve_operator` does): a custom Function goes past them."""
+    return handle_torch_function(seen, (), *tensors) if has_torch_function(_MODE) else tensors
 
 
 class Source(Protocol):
@@ -121,11 +130,15 @@ def solve(
     dual = dual or in_dual_level()
     if not (dual or _requires_grad(values, b)):
         return _masked(numeric.solve(b, vector, adjoint), _either(numeric.failed, failed), vector)
+    if has_torch_function(_MODE):
+        values, b = seen(values, b)
     return _Solve.apply(values, b, source, numeric, vector, adjoint, failed, dual)
 
 
 def matmul(source: Source, values: Tensor, x: Tensor, vector: bool, adjoint: bool, size: int) -> Tensor:
     """S x or S^H x, differentiable in values and x; x is [*P, n] if vector, else [*P, n, k], n -> size."""
+    if has_torch_function(_MODE):
+        values, x = seen(values, x)
     y = Matvec.apply(values, x.unsqueeze(-1) if vector else x, source, adjoint, size)
     return y.squeeze(-1) if vector else y
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from .dynamo import hide
 from .handles import system_handle
 from .library import is_vector, operator, recorded, traced_solve
-from .matrices import Entries, MatrixKey, entries_of
+from .matrices import Entries, MatrixKey, entries_of, require_dense
 from .memory import read
+from .pattern import Pattern
 from .plans import plan_cache
 from .system import SparseSystem
 
@@ -87,6 +88,7 @@ def matmul(A: Any, B: Tensor, *, adjoint: bool = False) -> Tensor:
         tensor([7., 6.])
     """
     entries = entries_of(A, batched=True)
+    require_dense("B", B, entries.values)
     system = system_of(entries)
     if A.ndim == 2:
         return system.matmul(entries.values, B, adjoint=adjoint)
@@ -122,6 +124,7 @@ def solve_triangular(A: Any, B: Tensor, *, upper: bool, unitriangular: bool = Fa
     """
     entries = entries_of(A, batched=True)
     require_square(A)
+    require_dense("B", B, entries.values)
     triangle = _find_triangle(entries, upper, unitriangular)
     values = entries.values[triangle.kept]
     if unitriangular:
@@ -136,8 +139,6 @@ def _blockwise(A: Tensor, B: Tensor, adjoint: bool, apply: Callable[[Tensor], Te
     batch, m, n = A.shape
     if adjoint:
         m, n = n, m
-    if not isinstance(B, Tensor):
-        raise TypeError(f"B must be a torch.Tensor, got {type(B).__name__}")
     if B.dim() != 3 or B.shape[:2] != (batch, n):
         raise ValueError(f"B must have shape ({batch}, {n}, k) with A of shape {tuple(A.shape)}, got {tuple(B.shape)}")
     return apply(B.flatten(0, 1)).unflatten(0, (batch, m))
@@ -163,6 +164,7 @@ def _find_triangle(entries: Entries, upper: bool, unitriangular: bool) -> _Trian
     def build() -> _Triangle:
         key.own()
         indices = entries.indices()
+        Pattern(indices, *entries.shape)  # raises, also for what is in the other triangle
         above = indices[1] - indices[0] if upper else indices[0] - indices[1]
         kept = np.flatnonzero(above >= bool(unitriangular))
         indices = indices[:, kept]
@@ -183,6 +185,7 @@ def require_square(A: Any) -> None:
 def _solve_matrix(A: Any, b: Tensor, kind: str) -> Tensor:
     entries = entries_of(A)
     require_square(A)
+    require_dense("b", b, entries.values)
     return system_of(entries, kind).solve(entries.values, b)
 
 

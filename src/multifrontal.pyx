@@ -66,6 +66,24 @@ cdef extern from "kernels/analysis.hpp" namespace "spcache" nogil:
         vector[int32_t] top
         vector[int64_t] update
         int64_t own_size, shared_size
+        int sharing(int64_t, int)
+        @staticmethod
+        int sharing_solves(int64_t, int64_t, int)
+    cdef struct Batch:
+        int64_t count
+        const void* begin "from"
+        int64_t begin_stride "from_stride"
+        void* to
+        int64_t to_stride
+    cdef struct Factors:
+        int64_t count, stride
+        const void* data
+        const int64_t* status
+        const int64_t* select
+    void factorize_batch(const Kernels&, const Tree&, const Schedule&, const CAssembly&, const Batch&, int64_t*,
+                         const Scratch*, int)
+    void solve_batch(const Kernels&, const Tree&, const Schedule&, const Factors&, const Batch&, int64_t,
+                     const SolveScratch*, int)
     int64_t c_factorize "spcache::factorize"(const Kernels&, const Tree&, const Schedule&, const CAssembly&, const void*,
                                              void*, const Scratch*, int)
     void c_solve "spcache::solve"(const Kernels&, const Tree&, const Schedule&, const void*, const void*, void*, int64_t,
@@ -366,6 +384,22 @@ cdef class Symbolic:
                 idle.clear()
 
 
+cdef list borrow(Team team, list idle, int count, Storage storage, bool solving):
+    """Workspaces of a team, idle ones first."""
+    cdef list found = []
+    cdef Plan* plan = storage.symbolic.plan.get()
+    cdef int64_t itemsize = ITEMSIZE[storage.dtype]
+    for _ in range(count):
+        if idle:
+            found.append(idle.pop())
+        elif solving:
+            found.append(SolveWorkspace.make(plan, storage.kernels.lanes * itemsize, team.threads))
+        else:
+            found.append(Workspace.make(
+                team.schedule.get(), storage.kernels.pack_size(plan.largest_front), itemsize, team.threads))
+    return found
+
+
 cdef class Storage:
     """The factors of one batch of values: panels of all supernodes, and one status per matrix."""
     cdef readonly Symbolic symbolic
@@ -403,24 +437,32 @@ cdef class Storage:
         cdef bool failed = False
         if a.nnz != nnz or a.groups != plan.supernodes or threads < 1 or (values == 0 and nnz):
             raise ValueError("the assembly belongs to another plan, or the values have another length or no memory")
-        cdef Team team = self.symbolic.team(threads)
+        cdef Team team = self.symbolic.team(1)
+        cdef int sharing = team.schedule.get().sharing(self.batch, threads)  # the batch, or else each matrix
+        if sharing == 1:
+            team = self.symbolic.team(threads)
         cdef const Schedule* schedule = team.schedule.get()
-        cdef list idle = team.idle[self.dtype]
-        cdef Workspace workspace
-        if idle:
-            workspace = idle.pop()
-        else:
-            workspace = Workspace.make(
-                schedule, self.kernels.pack_size(plan.largest_front), itemsize, team.threads)
+        cdef list idle = team.idle[self.dtype], workspaces = borrow(team, idle, sharing, self, False)
+        cdef vector[Scratch] scratch = (<Workspace> workspaces[0]).scratch
+        cdef Batch batch
+        for w in workspaces[1:]:
+            scratch.push_back((<Workspace> w).scratch[0])
+        batch.count, batch.begin, batch.begin_stride = self.batch, <const void*> values, nnz * itemsize
+        batch.to, batch.to_stride = self.factor.data, size
         with nogil:
+            if sharing > 1:
+                factorize_batch(self.kernels[0], self.symbolic.tree, schedule[0], a[0], batch, self.status.data(),
+                                scratch.data(), sharing)
+            else:
+                for e in range(self.batch):
+                    self.status[e] = c_factorize(
+                        self.kernels[0], self.symbolic.tree, schedule[0], a[0],
+                        <const char*> values + e * nnz * itemsize, <char*> self.factor.data + e * size, scratch.data(),
+                        team.threads)
             for e in range(self.batch):
-                self.status[e] = c_factorize(
-                    self.kernels[0], self.symbolic.tree, schedule[0], a[0],
-                    <const char*> values + e * nnz * itemsize, <char*> self.factor.data + e * size,
-                    workspace.scratch.data(), team.threads)
                 failed |= self.status[e] != 0
         self.failed = failed
-        idle.append(workspace)
+        idle += workspaces
 
     def failed_columns(self):
         """Per matrix -1, or the original index of the pivot that is not positive."""
@@ -444,20 +486,29 @@ cdef class Storage:
             for p in range(count):
                 if not 0 <= select[p] < self.batch:
                     raise ValueError("factors names a matrix beyond the batch")
-        cdef Team team = self.symbolic.team(threads)
-        cdef list idle = team.idle_solve[self.dtype]
-        cdef SolveWorkspace workspace
-        if idle:
-            workspace = idle.pop()
-        else:
-            workspace = SolveWorkspace.make(plan, self.kernels.lanes * itemsize, team.threads)
+        cdef int sharing = Schedule.sharing_solves(count, count * width * plan.panel.back(), threads)
+        cdef Team team = self.symbolic.team(1 if sharing > 1 else threads)
+        cdef list idle = team.idle_solve[self.dtype], workspaces = borrow(team, idle, sharing, self, True)
+        cdef vector[SolveScratch] scratch = (<SolveWorkspace> workspaces[0]).scratch
+        cdef Batch batch
+        cdef Factors chosen
+        for w in workspaces[1:]:
+            scratch.push_back((<SolveWorkspace> w).scratch[0])
+        batch.count, batch.begin, batch.begin_stride = count, <const void*> b, stride
+        batch.to, batch.to_stride = <void*> x, stride
+        chosen.count, chosen.stride, chosen.data = self.batch, size, self.factor.data
+        chosen.status, chosen.select = self.status.data(), select
         with nogil:
-            for p in range(count):
-                f = select[p] if select != NULL else (p if self.batch != 1 else 0)
-                if self.status[f]:
-                    memset(<char*> x + p * stride, 0xff, stride)  # a NaN in every scalar type
-                else:
-                    c_solve(self.kernels[0], self.symbolic.tree, team.schedule.get()[0],
-                            <const char*> self.factor.data + f * size, <const char*> b + p * stride,
-                            <char*> x + p * stride, width, workspace.scratch.data(), team.threads)
-        idle.append(workspace)
+            if sharing > 1:
+                solve_batch(self.kernels[0], self.symbolic.tree, team.schedule.get()[0], chosen, batch, width,
+                            scratch.data(), sharing)
+            else:
+                for p in range(count):
+                    f = select[p] if select != NULL else (p if self.batch != 1 else 0)
+                    if self.status[f]:
+                        memset(<char*> x + p * stride, 0xff, stride)  # a NaN in every scalar type
+                    else:
+                        c_solve(self.kernels[0], self.symbolic.tree, team.schedule.get()[0],
+                                <const char*> self.factor.data + f * size, <const char*> b + p * stride,
+                                <char*> x + p * stride, width, scratch.data(), team.threads)
+        idle += workspaces

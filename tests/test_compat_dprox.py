@@ -372,6 +372,78 @@ def test_minv(solver_type):
     assert forward < len(shapes) <= 2 * forward + 2
 
 
+@pytest.mark.parametrize("analytic", [True, False])
+@pytest.mark.parametrize("solver_type", EVERY)
+def test_no_iterations(solver_type, analytic):
+    """The start: ones for cg2 and pcg, zeros for the others, or a copy of x0."""
+    b, x0 = vector(4), vector(4, seed=3)
+    start = torch.ones(4, dtype=D) if solver_type in ("cg2", "pcg") else torch.zeros(4, dtype=D)
+    for kwargs, expected in (({}, start), ({"x0": x0}, x0)):
+        options = config(solver_type, max_iters=0, like=b, use_analytic_grad=analytic, solver_kwargs=kwargs)
+        x = linear_solve(lambda x: 2 * x, b, options)
+        assert torch.equal(x, expected) and x.data_ptr() != x0.data_ptr()
+
+
+@pytest.mark.parametrize("analytic", [True, False])
+@pytest.mark.parametrize("solver_type", EVERY)
+def test_arguments_are_borrowed(solver_type, analytic):
+    """An x0 that solves the system is returned as a copy."""
+    b, x0 = torch.full((3,), 2.0, dtype=D), torch.ones(3, dtype=D)
+    options = config(solver_type, like=b, use_analytic_grad=analytic, solver_kwargs={"x0": x0})
+    x = linear_solve(lambda x: 2 * x, b, options)
+    assert torch.equal(x, x0)
+    x.zero_()
+    assert torch.equal(x0, torch.ones(3, dtype=D)) and torch.equal(b, 2 * x0)
+
+
+@pytest.mark.parametrize("analytic", [True, False])
+@pytest.mark.parametrize("solver_type", EVERY)
+def test_no_unknowns(solver_type, analytic):
+    b = torch.empty(0, 3, dtype=D, requires_grad=True)
+    x = linear_solve(lambda x: 2 * x, b, config(solver_type, like=b, use_analytic_grad=analytic))
+    assert x.shape == (0, 3)
+    x.sum().backward()
+    assert b.grad.shape == (0, 3)
+
+
+@pytest.mark.parametrize("analytic", [True, False])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("solver_type", EVERY)
+def test_operators_that_are_not_finite(solver_type, bad, analytic):
+    """NaN, as an honest loop gives; no zeros."""
+    factor = torch.tensor([1.0, bad, 1], dtype=D, requires_grad=True)
+    b = torch.ones(3, dtype=D, requires_grad=True)
+    for A in (lambda x: factor * x, lambda x: (1e200 * x) * 1e200):  # of which A(0) = 0 is finite
+        x = linear_solve(A, b, config(solver_type, like=b, use_analytic_grad=analytic))
+        assert x.isnan().any()
+        (grad,) = torch.autograd.grad(x.sum(), b)
+        assert grad.isnan().any()
+
+
+@pytest.mark.parametrize("solver_type", GENERAL)
+@pytest.mark.parametrize("size", [1e-42, 1e-23, 1e-12, 1e12, 1e20, 1e37])
+@pytest.mark.parametrize("of", ["b", "A"])
+def test_plss_of_tiny_and_huge_numbers(solver_type, size, of):
+    """Whose squares are no numbers of single precision."""
+    theta = matrix_for(solver_type, 5, torch.float32)
+    if of == "A" and size == 1e-42:
+        return  # has no digits
+    b = vector(5, dtype=torch.float32)
+    A, rhs = (2 * theta * size, b) if of == "A" else (2 * theta, size * b)
+    for x0 in (None, torch.zeros(5)):
+        x = linear_solve(lambda x: A @ x, rhs, config(solver_type, 1e-5, 20, b, solver_kwargs={"x0": x0}))
+        expected = torch.linalg.solve(2 * theta.double(), b.double()) * (1 / size if of == "A" else size)
+        assert relative_error(x.double(), expected) < (1e-2 if size == 1e-42 else 1e-3)
+
+
+@pytest.mark.parametrize("analytic", [True, False])
+@pytest.mark.parametrize("solver_type", GENERAL)
+def test_plss_of_what_is_not_finite(solver_type, analytic):
+    for bad in (torch.nan, torch.inf):
+        b = torch.tensor([1.0, bad, 0], dtype=D)
+        assert linear_solve(lambda x: 2 * x, b, config(solver_type, like=b, use_analytic_grad=analytic)).isnan().any()
+
+
 def test_a_start_that_solves_the_system():
     """F: b = A ones gives ones, where 0 / 0 was."""
     A = spd(5)

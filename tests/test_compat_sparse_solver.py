@@ -236,3 +236,37 @@ def test_second_derivatives():
     b = graph.b.requires_grad_()
     assert gradcheck(lambda w, b: SparseSolver.apply(graph.matrix(w), b), (graph.weights, b))
     assert gradgradcheck(lambda w, b: SparseSolver.apply(graph.matrix(w), b), (graph.weights, b))
+
+
+@pytest.mark.parametrize("A", [torch.zeros(2, 2).to_sparse(), torch.ones(2, 2).triu(1).to_sparse()])
+def test_no_entries(A):
+    """K: a matrix without entries, or without any that count, is not positive definite."""
+    with pytest.raises(ValueError, match="^Matrix is not positive definite!$"):
+        SparseSolver.apply(A, torch.ones(2))
+
+
+def test_what_is_not_real():
+    """F: torch drops imaginary parts in silence."""
+    A, b = torch.eye(2).to_sparse(), torch.ones(2)
+    for wrong in "complex", "meta", "list":
+        convert = {"complex": lambda t: t.cfloat(), "meta": lambda t: t.to("meta"), "list": lambda t: [1.0]}[wrong]
+        for arguments, name in ((convert(A), b), "A"), ((A, convert(b)), "b"):
+            with pytest.raises(TypeError, match=f"^{name} must be a real torch.Tensor with data, got"):
+                SparseSolver.apply(*arguments)
+
+
+def test_torch_func():
+    """D: vmap over b, gradients in b and in what A is made of."""
+    graph = Graph()
+    A, B = graph.matrix(graph.weights.detach()), torch.randn(4, 10).double()
+    close(torch.vmap(lambda b: SparseSolver.apply(A, b))(B), torch.linalg.solve(A.to_dense(), B.T).T)
+    gradient = torch.func.grad(lambda b: SparseSolver.apply(A, b).pow(2).sum() / 2)
+    close(torch.vmap(gradient)(B), torch.linalg.solve(A.to_dense() @ A.to_dense(), B.T).T, 1e4)
+    values = A.values()
+
+    def of_values(v):
+        A_of_v = torch.sparse_coo_tensor(A.indices(), v, A.shape, is_coalesced=True, check_invariants=False)
+        return SparseSolver.apply(A_of_v, graph.b).pow(2).sum()
+
+    leaf = values.clone().requires_grad_()
+    close(torch.func.grad(of_values)(values), torch.autograd.grad(of_values(leaf), leaf)[0])

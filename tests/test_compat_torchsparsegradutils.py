@@ -276,13 +276,17 @@ def test_generic_solve(layout, dtype, index, columns):
     agrees(partial(sparse_generic_solve, solve=dense_solve), torch.linalg.solve, A, B)
 
 
+ACCURATE = partial(bicgstab, settings=BICGSTABSettings(abstol=1e-15, reltol=1e-14, matvec_max=100))
+GMRES = partial(spcache.iterative.gmres, rtol=1e-14)
+
+
 @every_layout
 @pytest.mark.parametrize(
     ("solve", "transpose_solve"),
     [
         (dense_solve, None),
         (dense_solve, dense_solve),
-        (None, dense_transpose_solve),
+        (None, dense_solve),
         (dense_solve, dense_transpose_solve),
         ("bicgstab", None),
         ("bicgstab", "bicgstab"),
@@ -291,10 +295,26 @@ def test_generic_solve(layout, dtype, index, columns):
         ("bicgstab", dense_transpose_solve),
         (spcache.solve, None),
         (spcache.solve, dense_transpose_solve),
+        (None, spcache.solve),
+        (spcache.solve, spcache.solve),
+        (dense_solve, spcache.solve),
+        (partial(spcache.solve, kind="general"), partial(spcache.solve)),
+        (ACCURATE, partial(ACCURATE)),
+        (None, ACCURATE),
+        (dense_solve, ACCURATE),
+        (spcache.solve, ACCURATE),
+        (ACCURATE, spcache.solve),
+        (GMRES, None),
+        (None, GMRES),
+        (dense_solve, GMRES),
+        (GMRES, partial(spcache.iterative.bicgstab, rtol=1e-14)),
+        (partial(spcache.iterative.lsmr, atol=1e-14, btol=1e-14), ACCURATE),
+        (GMRES, dense_transpose_solve),
     ],
 )
 def test_whose_transpose(layout, solve, transpose_solve):
-    """F: every pair gives the gradient of an unsymmetric matrix. A `transpose_solve` of the user gets A as it is."""
+    """K: one given serves for both. F: every pair gives the gradient of an unsymmetric matrix. A `transpose_solve` of the
+    user gets A as it is."""
     settings = BICGSTABSettings(abstol=1e-15, reltol=1e-14, matvec_max=100)
     accurate = partial(bicgstab, settings=settings)
     if transpose_solve == "bicgstab" == solve or (solve is None and transpose_solve == "bicgstab"):
@@ -327,7 +347,7 @@ def test_each_solver_is_called_where_it_should(monkeypatch):
     def ours(A, B, **kwargs):
         return solve(A, B, "ours", **kwargs)
 
-    monkeypatch.setattr(tsgu, "bicgstab", ours)
+    monkeypatch.setattr(tsgu, "_OWN", (ours,))
     D = well(4)
     A, B = sparse(D, "coo").requires_grad_(), torch.ones(4).double().requires_grad_()
     sparse_generic_solve(A.detach(), B.detach(), solve)
@@ -335,7 +355,8 @@ def test_each_solver_is_called_where_it_should(monkeypatch):
         ({"solve": solve}, [("solve", D), ("solve", D.mT)]),
         ({"solve": solve, "transpose_solve": transposed}, [("solve", D), ("transposed", D)]),
         ({"solve": solve, "transpose_solve": ours}, [("solve", D), ("ours", D.mT)]),
-        ({"transpose_solve": transposed}, [("transposed", D.mT), ("transposed", D)]),
+        ({"transpose_solve": solve}, [("solve", D), ("solve", D.mT)]),
+        ({"solve": solve, "transpose_solve": solve}, [("solve", D), ("solve", D.mT)]),
     ]:
         calls.clear()
         sparse_generic_solve(A, B, **given, option=7).sum().backward()
@@ -434,6 +455,48 @@ def test_a_matrix_changed_in_place():
     close(B.grad, expected)
 
 
+@pytest.mark.parametrize("solve", [utils.bicgstab, dense_solve, spcache.solve, spcache.iterative.bicgstab])
+def test_a_tiny_cotangent(solve):
+    """F: it is scaled to norm one, column by column, for the solve; bicgstab's abstol=1e-8 took it for nothing. Zero
+    costs no solve. The user's own B is not scaled."""
+    A, B = sparse(well(5), "csr"), torch.randn(5, 3).double().requires_grad_()
+    seen = []
+
+    def counted(A, B):
+        seen.append(B.norm(dim=0))
+        return solve(A, B)
+
+    g = torch.randn(5, 3).double() * torch.tensor([1e-9, 0, 1e-200], dtype=torch.float64)
+    x = sparse_generic_solve(A, B, counted)
+    (gradient,) = torch.autograd.grad(x, B, g, retain_graph=True)
+    expected = dense_transpose_solve(A, g)
+    assert ((gradient - expected).norm(dim=0) <= 1e-4 * expected.norm(dim=0)).all()
+    assert torch.equal(seen[0], B.norm(dim=0)) and torch.allclose(seen[1], torch.tensor([1.0, 0, 1]).double())
+    (gradient,) = torch.autograd.grad(x, B, torch.zeros(5, 3).double())
+    assert len(seen) == 2 and not gradient.any()
+
+
+def test_what_a_solver_gives_is_not_the_users():
+    """F: x is new memory, also where the solver gives its B or part of A."""
+    I = sparse_eye((3, 3), layout=torch.sparse_csr)
+    B = torch.ones(3).double()
+    for f in sparse_generic_solve, sparse_generic_lstsq:
+        f(I, B, lambda A, B: B).zero_()
+        f(I, B, lambda A, B: A.values()).zero_()
+    assert torch.equal(B, I.values()) and B.all()
+
+
+def test_what_has_no_data():
+    A, B = torch.eye(2).to_sparse(), torch.ones(2, 1)
+    for f in sparse_mm, sparse_triangular_solve, sparse_generic_solve, sparse_generic_lstsq:
+        for arguments, name in ((A.to("meta"), B), "A"), ((A, B.to("meta")), "B"):
+            with pytest.raises(TypeError, match=f"^{name} must have data, got a tensor on the meta device"):
+                f(*arguments)
+    for f in sparse_mm, sparse_triangular_solve, sparse_generic_lstsq:
+        with pytest.raises(TypeError, match=r"^B must have the dtype of A, torch.float32, got torch.float64"):
+            f(A, B.double())
+
+
 # --- sparse_generic_lstsq --------------------------------------------------------------------------------------------
 
 
@@ -442,7 +505,7 @@ def dense_lstsq(A, B):
 
 
 def dense_transpose_lstsq(A, B):
-    return torch.linalg.pinv(A.to_dense().mH) @ B
+    return torch.linalg.pinv(A.to_dense().mT) @ B
 
 
 def golub_pereyra(D, B):
@@ -484,6 +547,21 @@ def test_lstsq_gets_the_matrix_as_it_is():
     sparse_generic_lstsq(A, B, record(dense_lstsq), record(dense_transpose_lstsq)).sum().backward()
     assert [f for f, *_ in calls] == [dense_lstsq, dense_transpose_lstsq, dense_lstsq]
     assert all(shape == (7, 4) and not graph for _, shape, graph in calls)
+
+
+@pytest.mark.parametrize(
+    ("lstsq", "transpose_lstsq"),
+    [
+        (spcache.lstsq, None),
+        (*[partial(spcache.iterative.lsmr, atol=1e-14, btol=1e-14)] * 2,),
+        (dense_lstsq, partial(utils.lsmr, atol=1e-14, btol=1e-14)),
+        (spcache.lstsq, dense_transpose_lstsq),
+    ],
+)
+def test_lstsq_by_what_is_at_hand(lstsq, transpose_lstsq):
+    """D: also solvers that give (x, status), and those that solve with what they get."""
+    f = partial(sparse_generic_lstsq, lstsq=lstsq, transpose_lstsq=transpose_lstsq)
+    agrees(f, golub_pereyra, tall("csr"), torch.randn(7, 2).double(), 1e5)
 
 
 @every_layout
@@ -813,6 +891,15 @@ def test_convert_coo_to_csr(batch):
     assert gradcheck(f, A.values().requires_grad_())
 
 
+@pytest.mark.parametrize("shape", [(3, 2, 2), (0, 2, 2), (2, 0, 2), (2, 2)])
+def test_convert_coo_to_csr_without_entries(shape):
+    """F: also the elements at the end of a batch."""
+    csr = convert_coo_to_csr(torch.zeros(shape).to_sparse())
+    assert csr.shape == shape and csr.crow_indices().shape == (*shape[:-2], shape[-2] + 1) and not csr.values().numel()
+    with pytest.raises(ValueError, match=r"equally many entries in each element, got \[1, 0, 0\]"):
+        convert_coo_to_csr(torch.sparse_coo_tensor([[0], [0], [1]], [1.0], (3, 2, 2)))
+
+
 def test_convert_coo_to_csr_errors():
     indices = torch.tensor([[0, 2], [1, 0]])
     convert = convert_coo_to_csr_indices_values
@@ -875,6 +962,13 @@ def test_eye(batch, layout, index, dtype):
     close(I.detach().to_dense(), torch.eye(4, dtype=dtype).expand(*batch, 4, 4).clone())
 
 
+@every_layout
+@pytest.mark.parametrize("shape", [(0, 0), (0, 2, 2), (2, 0, 0)])
+def test_an_empty_eye(layout, shape):
+    """K."""
+    assert sparse_eye(shape, layout=LAYOUTS[layout]).shape == shape
+
+
 def test_eye_errors():
     """K."""
     with pytest.raises(ValueError, match="must define a square matrix"):
@@ -886,3 +980,56 @@ def test_eye_errors():
         with pytest.raises(ValueError, match="not supported"):
             sparse_eye((2, 2), **option)
     assert math.isclose(sparse_eye((2, 2)).to_dense().sum().item(), 2) and sparse_eye((2, 2)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-24, 1e20, 1e38])
+def test_right_hand_sides_whose_square_is_no_number(size):
+    """F: the original gives zero, or NaN."""
+    b = torch.full((3, 2), size)
+    b[:, 1] = 1
+    for solver in linear_cg, minres, partial(bicgstab, settings=BICGSTABSettings(abstol=0)):
+        torch.testing.assert_close(solver(2 * torch.eye(3), b), b / 2, rtol=1e-5, atol=0)
+        torch.testing.assert_close(solver(2 * torch.eye(3), b[:, 0]), b[:, 0] / 2, rtol=1e-5, atol=0)
+    x = linear_cg(2 * torch.eye(3), b, initial_guess=b / 2, max_iter=0, max_tridiag_iter=0)
+    torch.testing.assert_close(x, b / 2, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_said(wrong):
+    b = torch.tensor([1.0, wrong, 1.0])
+    with pytest.warns(UserWarning, match="did not get to the tolerance"):
+        bicgstab(torch.eye(3), b)
+    for solver, error in (linear_cg, RuntimeError), (minres, ValueError):
+        with pytest.raises(error, match="NaN"):
+            solver(torch.eye(3), b)
+    for A in wrong * torch.eye(3), lambda x: wrong * x, lambda x: torch.where(x == 0, x, wrong * x):
+        for solver in minres, bicgstab:
+            with pytest.warns(UserWarning, match="did not get to the tolerance"):
+                solver(A, torch.ones(3))
+
+
+def test_bicgstab_bears_a_preconditioner_that_gives_the_same_memory_again():
+    D, b = well(20), torch.randn(20).double()
+    P, buffer = torch.diag(1 / D.diagonal()), torch.empty_like(b)
+    settings = BICGSTABSettings(precon=lambda r: torch.mv(P, r, out=buffer))
+    assert torch.equal(bicgstab(D, b, settings=settings), bicgstab(D, b, settings=settings._replace(precon=P)))
+
+
+def test_bicgstab_believes_the_true_residual_only():
+    """What it carries along says 1e-9 where b - A x cannot be that small in single precision."""
+    D, b = torch.diag(torch.logspace(0, 2, 20)), torch.ones(20)
+    with pytest.warns(UserWarning, match="1 of 1 right-hand sides"):
+        x = bicgstab(D, b, settings=BICGSTABSettings(abstol=0, reltol=1e-9, matvec_max=400))
+    assert (b - D @ x).norm() <= 1e-5 * b.norm()
+
+
+def test_linear_cg_recorded_with_a_zero_column():
+    """A column that is done does not make the gradients of the others NaN."""
+    D, b = definite(6).requires_grad_(), torch.randn(6, 2).double()
+    b[:, 1] = 0
+    b.requires_grad_()
+    gradients = [
+        torch.autograd.grad(f((D + D.mT) / 2, b)[:, 0].sum(), (D, b))
+        for f in (partial(linear_cg, tolerance=1e-13), torch.linalg.solve)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-10)

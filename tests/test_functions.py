@@ -183,7 +183,7 @@ def test_a_singular_triangle():
         (torch.eye(2), torch.ones(2), TypeError, "A must be a sparse matrix, got a dense tensor"),
         ("matrix", torch.ones(2), TypeError, "A must be a sparse matrix of torch or SciPy, got str"),
         (torch.eye(2).to_sparse(), torch.ones(3), ValueError, "of shape .3,. does not fit"),
-        (torch.eye(2).to_sparse(), torch.ones(2).double(), TypeError, "dtype of values"),
+        (torch.eye(2).to_sparse(), torch.ones(2).double(), TypeError, "B must have the dtype of A, torch.float32"),
         (torch.eye(2).to_sparse(), [1.0, 2.0], TypeError, "must be a torch.Tensor, got list"),
         (torch.eye(2)[None].to_sparse(), torch.ones(2, 2), ValueError, r"B must have shape \(1, 2, k\)"),
         (torch.eye(2)[None].to_sparse(), [1.0], TypeError, "B must be a torch.Tensor, got list"),
@@ -200,3 +200,69 @@ def test_bad_input(A, B, error, message):
 def test_triangles_are_square():
     with pytest.raises(ValueError, match=r"A must be square, got shape \(2, 3\)"):
         spcache.solve_triangular(torch.ones(2, 3).to_sparse(), torch.ones(2), upper=True)
+
+
+def unchecked(layout, parts, shape):
+    """A matrix or a batch that torch does not look at."""
+    make = {"coo": torch.sparse_coo_tensor, "csr": torch.sparse_csr_tensor, "csc": torch.sparse_csc_tensor}[layout]
+    values = torch.ones(torch.tensor(parts[-1]).shape).double()
+    if layout == "coo":
+        return make(parts, values, shape, check_invariants=False, is_coalesced=True)
+    return make(*map(torch.tensor, parts), values, shape, check_invariants=False)
+
+
+@pytest.mark.parametrize(
+    ("layout", "parts", "shape", "message"),
+    [
+        ("coo", [[0], [0], [2]], (2, 2, 2), r"entry 0 = \(0, 2\) has its column outside 0..1 \(shape is \(2, 2\)"),
+        ("coo", [[1], [0], [-1]], (2, 2, 2), "has its column outside 0..1"),
+        ("coo", [[0], [2], [0]], (2, 2, 2), "has its row outside 0..1"),
+        ("coo", [[2], [0], [0]], (2, 2, 2), "has its row outside"),
+        ("coo", [[-1], [0], [0]], (2, 2, 2), "has its row outside"),
+        ("csr", [[[0, 1, 1], [0, 1, 1]], [[2], [0]]], (2, 2, 2), "has its column outside 0..1"),
+        ("csr", [[[0, 1, 1], [0, 1, 1]], [[0], [-1]]], (2, 2, 2), "has its column outside 0..1"),
+        ("csr", [[[0, 2, 1], [0, 1, 1]], [[0], [0]]], (2, 2, 2), "pointers of A must grow from 0 to .* entries, 1"),
+        ("csr", [[[0, 2, 2], [0, 0, 0]], [[0], [0]]], (2, 2, 2), "pointers of A must grow"),
+        ("csr", [[[1, 1, 1], [0, 1, 1]], [[0], [0]]], (2, 2, 2), "pointers of A must grow"),
+        ("csr", [[[0, 1], [0, 1]], [[0], [0]]], (2, 2, 2), "pointers of A must grow"),
+        ("csc", [[[0, 1, 1], [0, 1, 1]], [[2], [0]]], (2, 2, 2), "has its row outside 0..1"),
+        ("coo", [[1], [-1]], (2, 2), "has its column outside 0..1"),
+        ("csr", [[0, 0, 1], [-1]], (2, 2), "has its column outside 0..1"),
+        ("csr", [[0, 2, 1], [0]], (2, 2), "pointers of A must grow"),
+        ("csr", [[0, 1, 3], [0]], (2, 2), "pointers of A must grow"),
+    ],
+)  # fmt: skip
+def test_an_index_out_of_its_block(layout, parts, shape, message):
+    """It would be a place in the neighbour's, and was, when that matrix had been seen before."""
+    B = torch.ones(*shape[:-2], 2, 1).double()
+    with torch.sparse.check_sparse_tensor_invariants(enable=False):
+        A = unchecked(layout, parts, shape)
+        for _ in range(2):
+            for upper in True, False:
+                with pytest.raises(ValueError, match=message):
+                    spcache.solve_triangular(A, B, upper=upper, unitriangular=True)
+            with pytest.raises(ValueError, match=message):
+                spcache.matmul(A, B)
+            spcache.matmul(torch.ones(shape).double().to_sparse(), B)
+
+
+def test_a_bad_block_is_not_taken_for_a_good_one_seen_before():
+    good = torch.sparse_coo_tensor([[1], [0], [0]], torch.ones(1).double(), (2, 2, 2), is_coalesced=True)
+    B = torch.ones(2, 2, 1).double()
+    assert spcache.matmul(good, B).flatten().tolist() == [0, 0, 1, 0]
+    with torch.sparse.check_sparse_tensor_invariants(enable=False), pytest.raises(ValueError, match="row outside 0..1"):
+        spcache.matmul(unchecked("coo", [[0], [2], [2]], (2, 2, 2)), B)
+
+
+@pytest.mark.parametrize("which", ["A", "B"])
+def test_no_data(which):
+    A, B = torch.eye(2).to_sparse(), torch.ones(2, 1)
+    A, B = (A.to("meta"), B) if which == "A" else (A, B.to("meta"))
+    for f in (
+        spcache.matmul,
+        partial(spcache.solve_triangular, upper=True),
+        lambda A, B: spcache.solve(A, B),
+        lambda A, B: spcache.lstsq(A, B),
+    ):
+        with pytest.raises(TypeError, match=f"(?i)^{which} must have data, got a tensor on the meta device"):
+            f(A, B)

@@ -12,8 +12,21 @@ from cases import DTYPES, numbers
 import spcache
 from datafiles import load_matrix, load_rhs, load_sequence
 from spcache import SingularMatrixError, SparseSystem
+from spcache.compat import dprox
+from spcache.compat.torchsparsegradutils import utils
 from spcache.errors import NotConvergedError, SpcacheError
-from spcache.iterative import as_operator, bicgstab, block_diagonal, cg, diagonal, gmres, incomplete, lsmr, minres
+from spcache.iterative import (
+    as_operator,
+    bicgstab,
+    block_diagonal,
+    cg,
+    diagonal,
+    gmres,
+    incomplete,
+    lsmr,
+    minres,
+    recorded,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -371,8 +384,13 @@ def test_lsmr_not_converged():
     assert info.value.status.istop == 7 and info.value.status.iterations == 5
     status = lsmr(A, b, conlim=10.0, check=False).status
     assert status.istop == 3 and not status.converged and status.iterations > 5
-    zero = lsmr(A, 0 * b)
-    assert zero.status.istop == 0 and zero.status.converged and (zero.x == 0).all()
+    for x0 in (None, torch.ones(A.shape[1], dtype=torch.float64)):
+        zero = lsmr(A, 0 * b, x0)
+        assert zero.status.istop == 0 and zero.status.converged and (zero.x == 0).all()
+    columns = lsmr(E3, torch.tensor([[0.0, 1], [0, 2], [0, 3]]), torch.ones(3, 2))
+    assert columns.status.converged.all() and (columns.x[:, 0] == 0).all()
+    damped = lsmr(E3, torch.zeros(3), ONE, damp=1.0)
+    assert damped.status.converged and torch.allclose(damped.x, ONE / 2)
     orthogonal = torch.linalg.qr(torch.tensor(A.toarray()), mode="complete").Q[:, -1]
     assert lsmr(A, orthogonal.contiguous(), btol=0).x.norm() < 1e-9
 
@@ -481,6 +499,13 @@ def test_jacobi_blocks_and_incomplete():
     assert iterations(bicgstab, A, b[:, 0], ilu) < blocks
 
 
+@pytest.mark.parametrize("shape", [(N,), (N, 3)])
+def test_bicgstab_bears_a_preconditioner_that_gives_the_same_memory_again(shape):
+    A, b = matrix("general"), numbers(shape, torch.float64, 1)
+    P, buffer = torch.diag(1 / A.diagonal()), torch.empty_like(b)
+    assert iterations(bicgstab, A, b, lambda r: torch.matmul(P, r, out=buffer)) == iterations(bicgstab, A, b, P)
+
+
 def test_minres_with_a_preconditioner_stops_by_the_euclidean_norm():
     A = matrix("indefinite") * torch.logspace(0, 2, N, dtype=torch.float64).outer(
         torch.logspace(0, 2, N, dtype=torch.float64)
@@ -541,56 +566,113 @@ def test_preconditioners_that_cannot_be():
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         block_diagonal(A, 0)
     with pytest.raises(RuntimeError, match=r"incomplete\(\) has no derivative"):
-        bicgstab(torch.eye(2), torch.ones(2, requires_grad=True), M=incomplete(torch.eye(2)))
+        incomplete(torch.eye(2))(torch.ones(2, requires_grad=True))
 
 
 # --- derivatives ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, kind", [c for c in CASES if c != ("minres", "spd")])
+ALL = METHODS | {"lsmr": lsmr}
+REFUSED = r"{} requires grad, but iterative methods are not differentiated .* use spcache\.solve_operator\(A, b, solver=\"cg\"\).*no_grad"
+
+
+def operator(A, scale):
+    return (lambda x: scale * (A @ x), lambda y: scale * (A.mH @ y))
+
+
+@pytest.mark.parametrize("method", ALL.values(), ids=ALL)
+def test_gradients_are_refused(method):
+    A, b = matrix("spd", n=6), numbers((6, 2), torch.float64, 1)
+    scale = torch.tensor(1.3, dtype=torch.float64)
+    leaf = lambda t: t.detach().requires_grad_()  # noqa: E731
+    forms = [A, A.to_sparse_coo(), A.to_sparse_csr(), A.to_sparse_csc()]
+    calls = [("b", (A, leaf(b))), ("b", (A, leaf(0 * b))), ("x0", (A, b, leaf(b))), ("A", (leaf(A), 0 * b))]
+    calls += [("A", (leaf(form), b)) for form in forms]
+    calls += [("what A('s adjoint)? gives", (operator(A, leaf(scale)), b))]
+    for name, arguments in calls:
+        with pytest.raises(RuntimeError, match=REFUSED.format(name)):
+            method(*arguments)
+        with torch.no_grad():
+            x = method(*arguments).x
+        assert not x.requires_grad
+        plain = method(*(t.detach() if isinstance(t, torch.Tensor) else operator(A, scale) for t in arguments)).x
+        assert torch.equal(x, plain)
+    for wrap in (torch.func.grad, torch.func.hessian):
+        with pytest.raises((RuntimeError, NotImplementedError), match="not differentiated"):
+            wrap(lambda b: method(A, b).x.sum())(b)
+
+
+@every_method
+def test_gradients_of_the_preconditioner_do_not_matter(method):
+    A, b = matrix("spd"), numbers((N, 2), torch.float64, 1)
+    M = A.inverse().requires_grad_()
+    for form in (M, lambda r: M @ r, Linear(solve=lambda r: M @ r)):
+        x, status = method(A, b, M=form)
+        assert status.iterations.max() <= 2 and not x.requires_grad
+
+
+@pytest.mark.parametrize("method", ALL.values(), ids=ALL)
+def test_tangents_are_refused(method):
+    A, b = matrix("spd", n=6), numbers((6, 2), torch.float64, 1)
+    scale = torch.tensor(1.3, dtype=torch.float64)
+    with torch.autograd.forward_ad.dual_level():
+        dual = lambda t: torch.autograd.forward_ad.make_dual(t, torch.ones_like(t))  # noqa: E731
+        for arguments in (A, dual(b)), (A, b, dual(b)), (dual(A), b), (operator(A, dual(scale)), b):
+            with pytest.raises(NotImplementedError, match="has a forward-mode tangent, .*not differentiated"):
+                method(*arguments)
+            with torch.no_grad(), pytest.raises(NotImplementedError, match="forward-mode"):
+                method(*arguments)
+        for form in (A, A.to_sparse_csr(), operator(A, scale)):
+            assert torch.equal(method(form, b).x, method(form, b.clone(), x0=0 * b).x)
+        if method is not lsmr:
+            x = method(A, b, M=dual(A.inverse())).x
+            assert torch.autograd.forward_ad.unpack_dual(x).tangent is None
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda b: method(A, b).x, (b,), (b,))
+
+
+@pytest.mark.parametrize("name, kind", [("cg", "spd"), ("minres", "indefinite")])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
-def test_gradcheck_of_the_unrolled_method(name, kind, dtype):
-    method, n = METHODS[name], 5
+def test_recorded_iterations(name, kind, dtype):
+    """What drop-ins ask for: to the end, the derivatives of the iterations are those of the solution."""
+    n = 5
     A = matrix(kind, dtype, n=n).requires_grad_()
-    M = diagonal(A) if kind != "indefinite" else None
+    method = getattr(recorded, name)
     for b in (numbers((n,), dtype, 1).requires_grad_(), numbers((n, 2), dtype, 1).requires_grad_()):
 
         def solve(A, b):
-            symmetric = A if kind == "general" else (A + A.mH) / 2
-            return method(symmetric, b, rtol=1e-12, M=M).x
+            return method((A + A.mH) / 2, b, rtol=1e-12, maxiter=50).x
 
-        assert torch.autograd.gradcheck(solve, (A, b), rtol=1e-4, atol=1e-6)
-
-
-def test_gradients_where_only_the_operator_needs_them():
-    """A closure's parameter, a sparse matrix; in-place updates must not reach into the graph."""
-    A, b = matrix("spd", n=6), numbers((6,), torch.float64, 1)
-    scale = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
-    for method in METHODS.values():
-        (gradient,) = torch.autograd.grad(
-            method(lambda x: scale * (A @ x), b, rtol=1e-13).x.sum(), scale
-        )  # x ~ 1 / scale
-        torch.testing.assert_close(gradient, -(torch.linalg.solve(A, b) / 1.3**2).sum(), rtol=1e-8, atol=1e-10)
-        sparse = A.to_sparse_csr().requires_grad_()
-        x = method(sparse, b, rtol=1e-13).x
-        x.sum().backward()
-        lam = torch.linalg.solve(A, torch.ones(6, dtype=torch.float64))
-        step = -torch.outer(lam, x.detach())
-        torch.testing.assert_close(
-            (sparse.grad.to_dense() * A).sum(), (step * A).sum(), rtol=1e-7, atol=1e-9
-        )  # along A itself
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(scale.detach(), torch.ones_like(scale))
-        for method in METHODS.values():
-            tangent = torch.autograd.forward_ad.unpack_dual(method(lambda x: dual * (A @ x), b, rtol=1e-13).x).tangent
-            torch.testing.assert_close(tangent, -torch.linalg.solve(A, b) / 1.3**2, rtol=1e-7, atol=1e-10)
+        assert torch.autograd.gradcheck(solve, (A, b), rtol=1e-4, atol=1e-6, check_forward_ad=True)
 
 
-def test_gradcheck_of_lsmr():
-    A, b = numbers((6, 3), torch.float64, 0).requires_grad_(), numbers((6, 2), torch.float64, 1).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda A, b: lsmr(A, b, atol=1e-14, btol=1e-14, check=False).x, (A, b), rtol=1e-4, atol=1e-6
-    )
+@pytest.mark.parametrize("solver_type", ["cg", "minres"])
+def test_recorded_by_dprox(solver_type):
+    A, b = matrix("spd", n=6).requires_grad_(), numbers((2, 3), torch.float64, 1).requires_grad_()
+    apply = lambda x: ((A + A.mH) / 2 @ x.reshape(-1)).reshape(2, 3)  # noqa: E731
+    gradients = []
+    for analytic in (True, False):
+        config = dprox.LinearSolveConfig(1e-13, 50, solver_type=solver_type, use_analytic_grad=analytic)
+        gradients.append(torch.autograd.grad(dprox.linear_solve(apply, b, config).square().sum(), (A, b)))
+    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_a_recorded_column_that_is_done_does_not_poison_the_others(preconditioned):
+    A, D = matrix("spd"), torch.linspace(1, 2, N, dtype=torch.float64).unsqueeze(1)
+    b = numbers((N, 4), torch.float64, 1)
+    b[:, 1] = 0
+    b[:, 2] = torch.linalg.eigh(A).eigenvectors[:, 5]
+    b[:, 3] = 1e-3 * b[:, 0]
+    A.requires_grad_(), b.requires_grad_()
+    M = (lambda r: D * r) if preconditioned else None
+    settings = utils.MINRESSettings(minres_tolerance=1e-13)
+    x = utils.minres(lambda x: (A + A.mH) / 2 @ x, b, preconditioner=M, settings=settings)
+    gradients = torch.autograd.grad(x[:, [0, 3]].square().sum(), (A, b), create_graph=True)
+    expected = torch.autograd.grad(torch.linalg.solve((A + A.mH) / 2, b)[:, [0, 3]].square().sum(), (A, b))
+    torch.testing.assert_close(gradients, expected, rtol=1e-7, atol=1e-9)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(x.sum(), (A, b), retain_graph=True))
+    assert all(g.isfinite().all() for g in torch.autograd.grad(sum(g.sum() for g in gradients), (A, b)))
 
 
 def test_arguments_are_not_written():

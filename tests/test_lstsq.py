@@ -97,15 +97,66 @@ def test_direct_analyzes_once():
 def test_an_iteration_that_does_not_converge():
     values, _, sparse = tall()
     with pytest.raises(spcache.NotConvergedError):
-        spcache.lstsq(sparse(values), torch.randn(12).double(), maxiter=1)
-    assert spcache.lstsq(sparse(values), torch.randn(12).double(), maxiter=1, check=False).shape == (5,)
+        spcache.lstsq(sparse(values), torch.randn(12).double(), method="lsmr", maxiter=1)
+    x = spcache.lstsq(sparse(values), torch.randn(12).double(), method="lsmr", maxiter=1, check=False)
+    assert x.shape == (5,)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4, 1e-8])
+@pytest.mark.parametrize("residual", [1.0, 1e-6, 0.0])
+def test_the_default_is_direct(scale, residual):
+    """SEEDS (D): "ours is a direct least-squares solver by default". As accurate as QR, however columns are scaled."""
+    A = torch.randn(200, 50).double() * (torch.rand(200, 50) < 0.2) + torch.eye(200, 50).double()
+    b = A @ torch.randn(50).double() + residual * torch.randn(200).double()
+    scales = torch.logspace(0, torch.tensor(scale).log10(), 50, dtype=torch.float64)
+    x = spcache.lstsq((A * scales).to_sparse(), b)
+    close(x * scales, torch.linalg.lstsq(A, b[:, None]).solution[:, 0], 1000)
+
+
+def test_direct_of_ill_conditioned():
+    """One step of refinement makes what loses digits as the normal equations do as good as QR, derivatives too. Beyond
+    that it raises."""
+    U, _, V = torch.linalg.svd(torch.randn(30, 10).double(), full_matrices=False)
+    for digits, tolerance in (6, 1e-9), (7, 1e-7):
+        D = U @ torch.diag(torch.logspace(0, -digits, 10).double()) @ V
+        b, g = torch.randn(30, requires_grad=True).double(), torch.randn(10).double()
+        x = spcache.lstsq(D.to_sparse(), b)
+        expected = torch.linalg.lstsq(D, b.detach()[:, None], driver="gelsd").solution[:, 0]
+        assert (x - expected).norm() <= tolerance * expected.norm()
+        (lam,) = torch.autograd.grad(x, b, g)
+        assert (D.T @ lam - g).norm() <= 1e-8 * D.norm() * lam.norm()
+    for digits in 10, 14:
+        D = U @ torch.diag(torch.logspace(0, -digits, 10).double()) @ V
+        with pytest.raises(spcache.SingularMatrixError, match="A has no full column rank, or is too near to that"):
+            spcache.lstsq(D.to_sparse(), torch.randn(30).double())
 
 
 def test_a_rank_that_is_not_full():
-    A = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]], dtype=torch.float64)
-    A = torch.sparse_coo_tensor(torch.ones(3, 2).nonzero().T, A.flatten(), (3, 2), is_coalesced=True)
-    with pytest.raises(spcache.SingularMatrixError):
-        spcache.lstsq(A, torch.ones(3).double(), method="direct")
+    D = torch.randn(20, 3).double()
+    for last in torch.zeros(20, 1).double(), D[:, :1], D[:, :1] + D[:, 1:2] / 3:
+        whole = torch.cat([D, last], 1)
+        stored = torch.sparse_coo_tensor(torch.ones(20, 4).nonzero().T, whole.flatten(), (20, 4), is_coalesced=True)
+        for A in stored, whole.to_sparse():
+            with pytest.raises(spcache.SingularMatrixError, match="A has no full column rank.*method='lsmr'") as caught:
+                spcache.lstsq(A, torch.ones(20).double())
+            assert caught.value.column is None or 0 <= caught.value.column < 4
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (0, 0)])
+def test_no_unknowns(shape):
+    assert spcache.lstsq(torch.zeros(shape).to_sparse(), torch.ones(shape[0])).shape == (0,)
+
+
+def test_b_of_zero_and_b_beside_the_range():
+    A = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]]).double().to_sparse()
+    for b in torch.zeros(3).double(), torch.tensor([1.0, -2.0, 1.0]).double():
+        assert spcache.lstsq(A, b).abs().max() < 1e-15
+
+
+def test_torch_func():
+    values, dense, sparse = tall()
+    B = torch.randn(4, 12).double()
+    close(torch.vmap(lambda b: spcache.lstsq(sparse(values), b))(B), B @ torch.linalg.pinv(dense(values)).T, 1000)
 
 
 @pytest.mark.parametrize(
@@ -117,10 +168,20 @@ def test_a_rank_that_is_not_full():
         ((torch.eye(3).to_sparse(), [1.0]), {}, TypeError, "b must be a torch.Tensor, got list"),
         ((torch.eye(3).to_sparse(), torch.ones(3).double()), {}, TypeError, "b must have the dtype of A, torch.float32"),
         ((torch.eye(3).to_sparse(), torch.ones(3)), {"method": "qr"}, ValueError, "method must be one of 'auto', 'lsmr'"),
-        ((torch.eye(3).to_sparse(), torch.ones(3)), {"method": "direct", "atol": 1.0}, TypeError, "has no options, got atol"),
+        ((torch.eye(3).to_sparse(), torch.ones(3)), {"method": "direct", "atol": 1.0}, TypeError, "options are for method='lsmr'; method='direct' has none, got atol"),
         ((torch.eye(3).to_sparse(), torch.full((3,), torch.nan)), {}, ValueError, "finite"),
     ],
 )  # fmt: skip
 def test_bad_input(arguments, options, error, message):
     with pytest.raises(error, match=message):
         spcache.lstsq(*arguments, **options)
+
+
+@pytest.mark.parametrize("noise", [1.0, 1e-4, 1e-8, 1e-12, 0.0])
+def test_lsmr_ends_where_rounding_does(noise):
+    """With a small residual A^H r cannot become small against it."""
+    A, x = torch.randn(60, 20, dtype=torch.float64), torch.randn(20, dtype=torch.float64)
+    b = A @ x + noise * torch.randn(60, dtype=torch.float64)
+    expected = torch.linalg.lstsq(A, b[:, None]).solution[:, 0]
+    found = spcache.lstsq(A.to_sparse_csr(), b, method="lsmr")
+    assert (found - expected).norm() < 1e-12 * expected.norm()

@@ -124,7 +124,7 @@ def test_what_is_no_sparse_matrix():
             call(torch.eye(5).expand(2, 5, 5).to_sparse())
         with pytest.raises(TypeError, match="COO, CSR or CSC, got layout torch.sparse_bsr"):
             call(torch.eye(4).to_sparse_bsr((2, 2)))
-    with pytest.raises(TypeError, match="values must be float32, float64, complex64 or complex128, got torch.int64"):
+    with pytest.raises(TypeError, match="A must be float32, float64, complex64 or complex128, got torch.int64"):
         spcache.solve(torch.eye(3, dtype=torch.int64).to_sparse(), torch.ones(3))
 
 

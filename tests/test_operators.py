@@ -3,12 +3,14 @@
 import gc
 import threading
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
 from cases import relative_error
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
+import spcache
 from spcache._operators import SOLVERS, solve_operator
 from spcache.errors import NotConvergedError
 from spcache.iterative import Solution, block_diagonal, incomplete
@@ -177,6 +179,32 @@ def test_matrices():
         assert relative_error(grad, torch.linalg.solve(A.T, torch.ones(6, dtype=D))) < 1e-11
 
 
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc], ids=str)
+@pytest.mark.parametrize("solver", ["gmres", "cg"])
+@pytest.mark.parametrize("columns", [None, 2])
+def test_gradients_of_sparse_matrices_are_sparse(layout, solver, columns):
+    """In the layout of A, at its entries: nothing of n x n numbers is made."""
+    dense = matrix(6, hermitian=solver == "cg") * (torch.eye(6) + torch.eye(6).roll(2, 0) + torch.eye(6).roll(-2, 0))
+    A, b = dense.to_sparse(layout=layout).requires_grad_(), leaf(vector(6) if columns is None else vector(6, columns))
+    x = solve_operator(A, b, solver=solver, **EXACT)
+    ours = torch.autograd.grad((x**2).sum(), (A, b))
+    dense.requires_grad_()
+    expected = torch.autograd.grad((torch.linalg.solve(dense, b) ** 2).sum(), (dense, b))
+    assert ours[0].layout is layout and ours[0]._nnz() == 18
+    assert relative_error(ours[0].to_dense(), expected[0] * (dense != 0)) < 1e-10
+    assert relative_error(ours[1], expected[1]) < 1e-10
+
+
+def test_second_derivatives_of_sparse_matrices():
+    indices = torch.tensor([[0, 1, 2, 0, 2], [0, 1, 2, 2, 1]])
+
+    def solve(values, b):
+        return solve_operator(torch.sparse_coo_tensor(indices, values, (3, 3)), b, solver="gmres", **EXACT)
+
+    inputs = leaf(torch.tensor([3.0, 2, 4, 1, -1], dtype=D)), leaf(vector(3))
+    assert gradcheck(solve, inputs) and gradgradcheck(solve, inputs)
+
+
 # --- options -------------------------------------------------------------------------------------------------------
 
 
@@ -204,6 +232,22 @@ def test_solvers_may_ask_for_the_adjoint():
         return solve_operator(lambda x: A @ x, b, solver=normal_equations)
 
     assert gradcheck(solve, (A, b)) and gradgradcheck(solve, (A, b))
+
+
+def test_b_is_not_for_solvers_to_write_into():
+    b = torch.ones(3, dtype=D)
+    x = solve_operator(lambda v: 2 * v, b, solver=lambda apply, c: c.div_(2))
+    assert torch.equal(b, torch.ones(3, dtype=D)) and torch.equal(x, b / 2)
+
+
+def test_damping_is_refused():
+    """The derivative would be that of A x = b, which a damped x does not solve."""
+    A, b = matrix(3), leaf(vector(3))
+    with pytest.raises(ValueError, match=r"damp must be 0, got 1\.0"):
+        solve_operator(A, b, solver="lsmr", damp=1.0)
+    with pytest.raises(ValueError, match="damp must be 0"):
+        solve_operator(A, b, solver="lsmr", adjoint_options={"damp": 1.0})
+    assert solve_operator(A, b, solver="lsmr", damp=0).requires_grad
 
 
 @pytest.mark.parametrize("kind", ["function", "module", "matrix", "factor", "ours"])
@@ -243,7 +287,10 @@ def test_a_preconditioner_without_derivative():
     """Says so in backward, where its adjoint is needed; with other options there it is not."""
     A, b = matrix(6), leaf(vector(6))
     M = incomplete(A.to_sparse_csr())
-    with pytest.raises(RuntimeError, match="no derivative"):
+    for form in (lambda r: torch.from_numpy(M(r.detach()).numpy()), lambda r: torch.from_numpy(r.numpy()).clone()):
+        with pytest.raises(RuntimeError, match="M has no derivative.*pass adjoint_options"):
+            solve_operator(A, b, solver="gmres", M=form, **EXACT).sum().backward()
+    with pytest.raises(RuntimeError, match="pass adjoint_options") if not hasattr(M, "adjoint") else nullcontext():
         solve_operator(A, b, solver="gmres", M=M, **EXACT).sum().backward()
     (grad,) = torch.autograd.grad(solve_operator(A, b, solver="gmres", M=M, adjoint_options=EXACT, **EXACT).sum(), b)
     assert relative_error(grad, torch.linalg.solve(A.T, torch.ones(6, dtype=D))) < 1e-11
@@ -295,6 +342,7 @@ def test_not_converged():
         (lambda: solve_operator(abs, [1.0]), TypeError, "b must be a dense real or complex torch.Tensor, got list"),
         (lambda: solve_operator(abs, torch.ones(2, dtype=torch.int64)), TypeError, "torch.int64"),
         (lambda: solve_operator(abs, torch.eye(2).to_sparse()), TypeError, "torch.sparse_coo"),
+        (lambda: solve_operator(abs, torch.ones(2, device="meta")), TypeError, "b must be on a device .* got meta"),
         (lambda: solve_operator(abs, torch.ones(2), solver="cq"), ValueError, "one of cg, minres.* got 'cq'"),
         (lambda: solve_operator(lambda x: x[1:], torch.ones(2)), ValueError, r"expected \(2,\) .* got \(1,\)"),
         (lambda: solve_operator(lambda x: x.double(), torch.ones(2)), ValueError, "got .* torch.float64"),
@@ -497,6 +545,57 @@ def test_hooks_run_once():
     assert len(calls) == 1
 
 
+def by_matmul(system, values):
+    return lambda x: system.matmul(values, x)
+
+
+def by_solve(system, values):
+    return lambda x: system.solve(values, x)
+
+
+def by_factor(system, values):
+    factor = system.factorize(values)
+    return lambda x: factor.solve(x)
+
+
+def by_lstsq(system, values):
+    A = torch.sparse_coo_tensor([[0, 1], [0, 1]], values, (2, 2))
+    return lambda x: spcache.lstsq(A, x, method="lsmr")
+
+
+def by_solve_operator(system, values):
+    return lambda x: solve_operator(lambda y: values * y, x, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("form", "power"), [(by_matmul, -1), (by_solve, 1), (by_factor, 1), (by_lstsq, 1), (by_solve_operator, 1)]
+)
+def test_operations_of_spcache_in_an_operator(form, power):
+    """Their Functions go past torch functions, and yet hooks run once and results in between have their gradients."""
+    u, calls = leaf(torch.tensor([2.0, 3.0], dtype=D)), []
+    u.register_hook(lambda g: (calls.append(1), 2 * g)[1])
+    v = 3 * u
+    system = spcache.SparseSystem(torch.tensor([[0, 1], [0, 1]]), 2)
+    for values in (u, v):
+        x = solve_operator(form(system, values), torch.ones(2, dtype=D), solver="gmres", **EXACT)
+        (grad,) = torch.autograd.grad(x.sum(), values)
+        expected = power * values.detach() ** (power - 1)
+        torch.testing.assert_close(grad, 2 * expected if values is u else expected)
+    assert len(calls) == 1
+
+
+def test_functions_of_others_in_an_operator():
+    """As documented: hooks on the leaves behind run twice, unless a torch function has seen the tensor."""
+    for seen, times in ((lambda t: t, 4), (lambda t: t.view_as(t), 2)):
+        W = leaf(matrix(3))
+        W.register_hook(lambda g: 2 * g)
+        x = solve_operator(lambda x, W=W, seen=seen: Times.apply(seen(W), x), vector(3), solver="gmres", **EXACT)
+        x.sum().backward()
+        reference = leaf(W)
+        torch.linalg.solve(reference, vector(3)).sum().backward()
+        assert relative_error(W.grad, times * reference.grad) < 1e-11
+
+
 def test_nothing_of_the_iterations_is_kept():
     """Autograd records one application of A, however long the solver takes."""
     saved = []
@@ -533,6 +632,22 @@ def test_tiny_and_huge_gradients(size):
     x = solve_operator(lambda x: A @ x, b, solver="gmres", rtol=0.0, atol=1e-12)
     (grad,) = torch.autograd.grad(x, b, size * g)
     assert relative_error(grad / size, torch.linalg.solve(A.T, g)) < 1e-11
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-20, 1e-3, 1.0, 1e6, 1e100])
+@pytest.mark.parametrize("solver", ["cg", "minres", "bicgstab", "gmres"])
+def test_absolute_tolerances_are_for_b(solver, size):
+    """The gradient is as accurate, relatively, as x was asked to be; and is there even where x = 0 was good enough."""
+    A, b = matrix(30, hermitian=True), (size * vector(30)).requires_grad_()
+    expected, norm = torch.linalg.solve(A, torch.ones(30, dtype=D)), float(b.detach().norm())
+
+    def error(rtol, atol):
+        x = solve_operator(A, b, solver=solver, rtol=rtol, atol=atol)
+        return relative_error(torch.autograd.grad(x.sum(), b)[0], expected)
+
+    if size:
+        assert 1e-5 < error(0.0, 1e-2 * norm) < 2e-2 and 1e-12 < error(0.0, 1e-9 * norm) < 2e-9
+    assert error(0.0, 2 * norm + 1e-300) < 1e-4 and error(1e-9, 2 * norm + 1e-300) < 2e-9
 
 
 @pytest.mark.parametrize("size", [1e-42, 1e-30, 1e30])

@@ -4,8 +4,9 @@
 of `spcache.iterative` (it starts at ones, its tolerance is absolute, its method is another), it is a loop below.
 
 Other than in dprox: an operator need not be cloneable, nor its parameters be leaves or registered; an incoming gradient
-is scaled to norm one before its solve, which starts without x0; the adjoint is the derivative of A; all of b is one
-vector, its first dimension no batch; a start that solves the system gives no NaN.
+is scaled to norm one before its solve, which starts without x0 (so that the absolute tolerance of cg2 and pcg is for
+norm one there); the adjoint is the derivative of A; all of b is one vector, its first dimension no batch; a start that
+solves the system gives no NaN. An operator that gives NaN or infinity does.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import iterative
 from .._operators import solve_operator
+from ..iterative import recorded
+from ..iterative.stopping import scale_of
 
 __all__ = ["LinearSolve", "LinearSolveConfig", "linear_solve", "pcg"]
 
@@ -75,7 +77,7 @@ def linear_solve(A: torch.nn.Module, b: Tensor, config: LinearSolveConfig = Line
     options = dict(config.solver_kwargs)
     x0 = options.pop("x0", None)
     if x0 is not None:
-        x0 = x0.expand(b.shape).reshape(-1)
+        x0 = x0.expand(b.shape).reshape(-1).clone()  # it may be returned
     if options.get("Wh") is not None:
         options["Wh"] = options["Wh"].expand(b.shape).reshape(-1)
     if options.get("Minv") is not None:
@@ -85,6 +87,8 @@ def linear_solve(A: torch.nn.Module, b: Tensor, config: LinearSolveConfig = Line
     solver.hermitian = config.solver_type not in ("plss", "plssw")  # type: ignore[attr-defined]
     if config.use_analytic_grad:
         return solve_operator(A, b, solver=solver, x0=x0)
+    if b.numel() == 0:
+        return b.clone()
     return solver(_Recorded(A, b), b.reshape(-1), x0=x0).reshape(b.shape)
 
 
@@ -130,15 +134,37 @@ class _Recorded:
 
 
 def _cg(A: Any, b: Tensor, rtol: float, max_iters: int, verbose: bool, x0: Tensor | None = None) -> Tensor:
-    x, status = iterative.cg(A, b, x0, rtol=rtol, maxiter=max_iters, check=False)
+    x, status = recorded.cg(A, b, x0, rtol=rtol, maxiter=max_iters)
     return _report("cg", x, int(status.iterations), verbose)
 
 
 def _minres(
     A: Any, b: Tensor, rtol: float, max_iters: int, verbose: bool, x0: Tensor | None = None, Minv: _Apply | None = None
 ) -> Tensor:
-    x, status = iterative.minres(A, b, x0, rtol=rtol, maxiter=max_iters, M=Minv, check=False)
+    x, status = recorded.minres(A, b, x0, rtol=rtol, maxiter=max_iters, M=Minv)
     return _report("minres", x, int(status.iterations), verbose)
+
+
+def _from_zero(name: str, method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A method of `spcache.iterative`, that may have nothing to do, and does not go back to a finite x from NaN."""
+
+    def solver(
+        A: Any, b: Tensor, rtol: float, max_iters: int, verbose: bool, x0: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        if max_iters < 1:
+            return _report(name, torch.zeros_like(b) if x0 is None else x0, 0, verbose)
+        largest = torch.zeros_like(b[0].real)
+
+        def watched(v: Tensor) -> Tensor:
+            nonlocal largest
+            y = A(v)
+            largest = torch.maximum(largest, torch.linalg.vector_norm(y.detach(), torch.inf))
+            return y
+
+        x = method(watched, b, rtol, max_iters, verbose, x0, **options)
+        return x if largest.isfinite() else (b - A(x)) * torch.nan
+
+    return solver
 
 
 def _cg2(A: Any, b: Tensor, rtol: float, max_iters: int, verbose: bool, x0: Tensor | None = None) -> Tensor:
@@ -206,13 +232,17 @@ def _plssw(
         p = d (r_k . r_k) / (y . d),    d = W^-2 y made orthogonal to the step before, in the inner product of W^2.
 
     Any A whose range contains b, symmetric or not; an iteration costs one product with A and one with A^H. The best
-    iterate is returned, because the norm of r need not fall in every step.
+    iterate is returned, because the norm of r need not fall in every step; NaN where one is met. A tiny or huge b is
+    scaled by a power of two, and y to largest entry one, so that no square underflows or overflows.
 
     References:
         Brust & Saunders (2023), doi:10.1137/22M1509783.
     """
     inverse = torch.where(Wh == 0, 0, 1 / Wh**2)  # W^-2
-    x = torch.zeros_like(b) if x0 is None else x0
+    found = scale_of(b.detach(), -1)
+    scale = 1 if found is None else found
+    b = b / scale
+    x = torch.zeros_like(b) if x0 is None else x0 / scale
     limit = rtol * torch.linalg.vector_norm(b)
     best, least = x, torch.inf
     d: Tensor | None = None
@@ -220,20 +250,26 @@ def _plssw(
     for k in range(max_iters + 1):
         r = b - A(x)
         norm = torch.linalg.vector_norm(r)
+        if not norm.isfinite():
+            best = r * torch.nan
+            break
         if norm < least:
             best, least = x, norm.detach()
         if k == max_iters or not norm > limit:
             break
         u = r / norm
         y = A.rmatvec(u)
+        size = y.detach().abs().max()
+        size = torch.where(size == 0, 1, size)
+        y = y / size
         new = inverse * y
         if d is not None and dd is not None:
             new = new - torch.vdot(d, y) / dd * d
         d, dd = new, torch.vdot(new, y)  # y . d = d . W^2 d
-        if not dd.abs() > 0:  # b is not in the range of A
+        if dd == 0:  # b is not in the range of A
             break
-        x = x + norm / dd * d
-    return _report(name, best, k, verbose)
+        x = x + norm / size / dd * d
+    return _report(name, best * scale, k, verbose)
 
 
 def _report(name: str, x: Tensor, iterations: int, verbose: bool) -> Tensor:
@@ -243,10 +279,10 @@ def _report(name: str, x: Tensor, iterations: int, verbose: bool) -> Tensor:
 
 
 SOLVERS: dict[str, Callable[..., Tensor]] = {
-    "cg": _cg,
+    "cg": _from_zero("cg", _cg),
     "cg2": _cg2,
     "pcg": _pcg,
     "plss": _plss,
     "plssw": _plssw,
-    "minres": _minres,
+    "minres": _from_zero("minres", _minres),
 }

@@ -6,7 +6,8 @@ x = sparse_solver.SparseSolver.apply(A, b)
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from .. import autograd
 from ..errors import NotPositiveDefiniteError
 from ..functional import require_square
 from ..matrices import Entries, MatrixKey, entries_of
+from ..memory import read
 from ..plans import plan_cache
 from ..system import SparseSystem
 from ..version import __version__
@@ -41,9 +43,14 @@ class SparseSolver:
             x of the shape of b, float64.
 
         Raises:
+            TypeError: A or b is complex, or no tensor with data.
             ValueError: A is not positive definite, not finite or not square; b does not fit.
             RuntimeError: A is not coalesced.
         """
+        for name, t in ("A", A), ("b", b):
+            if not isinstance(t, Tensor) or t.is_complex() or t.is_meta:
+                what = f"{t.dtype} on {t.device}" if isinstance(t, Tensor) else type(t).__name__
+                raise TypeError(f"{name} must be a real torch.Tensor with data, got {what}")
         if A.layout is not torch.sparse_coo:
             A = A.to_sparse_coo().coalesce()
         A.indices()  # torch's own error where A is not coalesced
@@ -53,13 +60,27 @@ class SparseSolver:
         values, b = entries.values.double(), b.double()
         source = halves.both._factorizer
         vector = source.check_arguments(values, b)
-        if values.numel() == 0 or b.numel() == 0:
-            return source.empty(values, b, vector, True)
+        if b.numel() == 0:
+            return source.empty(values, b, vector, False)
         try:
-            factor = halves.lower._factorizer.find(values.detach()[halves.kept])
+            factor: Any = read(values, partial(_LowerFactor, halves))
         except NotPositiveDefiniteError:
             raise ValueError("Matrix is not positive definite!") from None
         return autograd.solve(source, factor, values, b, vector, False, None, True)
+
+
+class _LowerFactor:
+    """What `autograd.solve` asks of a factor: that of the lower triangle, for the values of both."""
+
+    failed = None
+
+    def __init__(self, halves: _Halves, values: Tensor):
+        self._kept = halves.kept
+        self._factor = halves.lower._factorizer.find(values.detach()[halves.kept])
+        self.solve = self._factor.solve
+
+    def same_values(self, values: Tensor) -> bool:
+        return self._factor.same_values(values[self._kept])
 
 
 class _Halves(NamedTuple):

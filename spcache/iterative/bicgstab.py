@@ -19,7 +19,7 @@ def bicgstab(
 
     Needs little memory, and may break down, which is not convergence; `gmres` cannot.
 
-    Cost: an iteration is two products with A, two with M, and five reductions; memory is seven times x.
+    Cost: an iteration is two products with A, two with M, and five reductions; memory is eight times x.
 
     Args, Returns, Raises: as `cg`; M may be general: also `incomplete`, or a `Factor` of any kind.
 
@@ -38,18 +38,20 @@ def bicgstab(
 def _sweep(run: System, x: Tensor, r: Tensor) -> Tensor:
     shadow, p = r.clone(), r.clone()
     rho = run.dot(shadow, r)
+    half: Tensor | None = None
     while True:
         p_hat = run.precondition(p)
         v = run.A(p_hat)
         alpha = run.divide(rho, run.dot(shadow, v))
+        half = addcmul(x, alpha, p_hat, out=half)  # before M may write over p_hat
         s = run.add(r, alpha, v, -1)
         s_hat = run.precondition(s)
         t = run.A(s_hat)
         tt = run.dot(t, t)
         omega = run.divide(run.dot(t, s), tt + (tt == 0))  # s = 0: the first half was enough
         r = addcmul(s, omega, t, value=-1)
-        run.judge_norm(run.norm(r.detach()))
-        x = run.step(run.step(x, alpha, p_hat), omega, s_hat)
+        run.judge_norm(run.norm(r))
+        x, half = run.step(half, omega, s_hat, back=x), x
         run.report(x)
         if not run.going:
             return x

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .stopping import Callback, Solution, System
 
-__all__ = ["cg"]
+__all__ = ["cg", "sweep"]
 
 
 def cg(
@@ -18,7 +18,7 @@ def cg(
     """Solves A x = b for a Hermitian positive definite A by preconditioned conjugate gradients.
 
     Stops, for each right-hand side, when ||b - A x|| <= max(rtol ||b||, atol); one that is done changes no more while
-    others go on. Under autograd the iterations themselves are differentiated.
+    others go on. Not differentiated: that is what `solve_operator` is for.
 
     Cost: an iteration is one product with A, one with M, three updates and two reductions (three with M); memory is
     four times x.
@@ -30,8 +30,8 @@ def cg(
         x0: start, of the shape of x; None: zero.
         rtol, atol: the tolerance.
         maxiter: most iterations; None: 10 n.
-        M: Hermitian positive definite approximation of A^-1: a tensor, a function, a `Factor` (that of earlier values,
-            say), or one of `diagonal`, `block_diagonal`.
+        M: Hermitian positive definite approximation of A^-1: a tensor, a function that gives a new tensor, a `Factor`
+            (that of earlier values, say), or one of `diagonal`, `block_diagonal`. A constant as to derivatives.
         callback: called with x after each iteration; x is changed in place later, clone what is to be kept.
         check: False returns x whether or not it converged.
 
@@ -41,6 +41,8 @@ def cg(
     Raises:
         NotConvergedError: with `x` and `status`; not with check=False.
         ValueError, TypeError: an argument is wrong.
+        RuntimeError: grad mode is on, and A, b, x0 or a product with A requires grad.
+        NotImplementedError: one of them has a forward-mode tangent.
 
     References:
         Hestenes & Stiefel (1952), doi:10.6028/jres.049.044.
@@ -52,10 +54,10 @@ def cg(
         >>> status.iterations
         tensor(2)
     """
-    return System(A, b, x0, rtol, atol, maxiter, M, callback).solve("cg", _sweep, check)
+    return System(A, b, x0, rtol, atol, maxiter, M, callback).solve("cg", sweep, check)
 
 
-def _sweep(run: System, x: Tensor, r: Tensor) -> Tensor:
+def sweep(run: System, x: Tensor, r: Tensor) -> Tensor:
     z = run.precondition(r)
     p, rho = z.clone(), run.dot(r, z)
     while True:

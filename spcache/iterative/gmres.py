@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..torch_private import in_dual_level
 from .stopping import Callback, Solution, System, count_of
 
 __all__ = ["gmres"]
@@ -58,15 +57,12 @@ def _cycle(run: System, x: Tensor, r: Tensor, length: int) -> Tensor:
     v = v * _divide(run, 1.0, beta)
     zeros = r.new_zeros(*beta.shape[:-1], length + 1)
     g = torch.cat([beta.to(r.dtype), zeros[..., 1:]], -1)
-    V = Q = None
+    V, Q = _Basis(v, length), _Basis(zeros, length)
+    V.append(v)
     R: list[Tensor] = []
     t: list[Tensor] = []
     while True:
         w = _flip(run, run.A(run.precondition(_flip(run, v))))
-        if V is None or Q is None:
-            recorded = w.requires_grad or in_dual_level()
-            V, Q = _Basis(v, length, recorded), _Basis(zeros, length, recorded)
-            V.append(v)
         w, h = V.project_out(w)
         eta = _norm(w)
         h = torch.cat([h, eta.to(h.dtype), zeros[..., V.size + 1 :]], -1)
@@ -77,7 +73,7 @@ def _cycle(run: System, x: Tensor, r: Tensor, length: int) -> Tensor:
         tau = torch.linalg.vecdot(q, g).unsqueeze(-1)
         g = g - tau * q
         column = torch.cat([c, rho.to(c.dtype), zeros[..., Q.size + 1 : length]], -1)
-        left = _norm(g.detach())
+        left = _norm(g)
         run.judge_norm(_flip(run, left) if run.b.dim() > 1 else left.squeeze(-1))
         if run.fault:
             sound = left.isfinite()
@@ -112,18 +108,14 @@ def _divide(run: System, a: float, b: Tensor) -> Tensor:
 
 
 class _Basis:
-    """Orthonormal vectors, rows of [*B, k, size, n]; in one piece of memory unless derivatives are recorded."""
+    """Orthonormal vectors, rows of [*B, k, size, n]."""
 
-    def __init__(self, like: Tensor, length: int, recorded: bool):
+    def __init__(self, like: Tensor, length: int):
         self.size = 0
-        self._list: list[Tensor] = []
-        self._rows = None if recorded else like.new_empty(*like.shape[:-1], length, like.shape[-1])
+        self._rows = like.new_empty(*like.shape[:-1], length, like.shape[-1])
 
     def append(self, v: Tensor) -> None:
-        if self._rows is None:
-            self._list.append(v)
-        else:
-            self._rows[..., self.size, :] = v
+        self._rows[..., self.size, :] = v
         self.size += 1
 
     def project_out(self, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,4 +132,4 @@ class _Basis:
         return (y.unsqueeze(-2) @ self._matrix()).squeeze(-2)
 
     def _matrix(self) -> Tensor:
-        return torch.stack(self._list, -2) if self._rows is None else self._rows[..., : self.size, :]
+        return self._rows[..., : self.size, :]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import NotConvergedError
 from .operators import Apply, as_operator
-from .stopping import Callback, Columns, Solution, alike, count_of, number_of, start_of
+from .stopping import Callback, Columns, Solution, alike, count_of, no_derivative, number_of, start_of
 
 __all__ = ["LeastSquaresStatus", "lsmr"]
 
@@ -46,7 +46,7 @@ def lsmr(
 
     Stops when ||r|| <= btol ||b|| + atol ||A|| ||x|| (r = b - A x), or ||A^H r|| <= atol ||A|| ||r||, or an estimate of
     the condition number of A reaches conlim. ||A|| is an estimate of the Frobenius norm. Tolerances below the rounding
-    error count as that.
+    error count as that. For b = 0 without damping x = 0, whatever x0. Not differentiated: that is what `lstsq` is for.
 
     Cost: an iteration is one product with A, one with its adjoint, and three reductions; memory is four times x and
     twice b.
@@ -85,6 +85,7 @@ def lsmr(
         )
     run = Columns(map_A, b, callback)
     alike(A, "A", run.b)
+    no_derivative(A, "A")
     m = run.b.shape[run.dim]
     n = map_A.shape[-1] if map_A.shape is not None else _rows_of(map_A.adjoint(run.b), run)
     apply, adjoint = run.checked(map_A.apply, "A", m), run.checked(map_A.adjoint, "A's adjoint", n)
@@ -93,6 +94,8 @@ def lsmr(
     maxiter = 10 * min(m, n) if maxiter is None else count_of(maxiter, "maxiter")
 
     start = start_of(x0, run, n, b)
+    if start is not None and not damp:
+        start = torch.where(run.norm_b == 0, 0, start)
     r = run.b.clone() if start is None else run.b - apply(start)
     shape = (*run.b.shape[: run.dim], n, *run.b.shape[run.dim :][1:])
     x = run.b.new_zeros(shape) if start is None else start.clone()
@@ -101,9 +104,9 @@ def lsmr(
     moved = x if start is None else x - start
     r = run.b - apply(x)
     gradient = adjoint(r) - damp**2 * moved
-    residual, normal = run.norm(r.detach()), run.norm(gradient.detach())
-    damped = torch.hypot(residual, damp * run.norm(moved.detach()))
-    first, second = _excess(run, damped, normal, norm_A, run.norm(x.detach()), atol, btol, _DRIFT)
+    residual, normal = run.norm(r), run.norm(gradient)
+    damped = torch.hypot(residual, damp * run.norm(moved))
+    first, second = _excess(run, damped, normal, norm_A, run.norm(x), atol, btol, _DRIFT)
     converged = (istop < 3) & ((istop == 0) | (first <= 0) | (second <= 0)) & normal.isfinite()
     x, residual, normal = map(run.scaled_back, (x, residual, normal))
     status = LeastSquaresStatus(*map(run.squeeze, (converged, run.iterations(), residual, normal, istop)))
@@ -121,10 +124,12 @@ def _excess(
     run: Columns, norm_r: Tensor, normal: Tensor, norm_A: Tensor, norm_x: Tensor, atol: float, btol: float,
     slack: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """By how much the tests for A x = b and for a least-squares solution are missed."""
-    eps = torch.finfo(norm_r.dtype).eps
-    atol, btol = slack * max(atol, eps), slack * max(btol, eps)
-    return norm_r - (btol * run.norm_b + atol * norm_A * norm_x), normal - atol * norm_A * norm_r
+    """By how much the tests for A x = b and for a least-squares solution are missed; the latter cannot ask for less
+    than what rounding leaves of A^H r."""
+    eps = slack * torch.finfo(norm_r.dtype).eps
+    atol, btol = max(slack * atol, eps), max(slack * btol, eps)
+    rounding = eps * (run.norm_b + norm_A * norm_x)
+    return norm_r - (btol * run.norm_b + atol * norm_A * norm_x), normal - norm_A * (atol * norm_r + rounding)
 
 
 def _iterate(
@@ -141,17 +146,17 @@ def _iterate(
     vanished = (alpha == 0) & (v != 0).any(run.dim, keepdim=v.dim() > 1)  # A's numbers are too small to be squared
     alpha = torch.where(vanished, torch.nan, alpha)
     v = v / (alpha + (alpha == 0))
-    run.active = ~((alpha * beta == 0) | (beta <= btol * run.norm_b)).detach()
+    run.active = ~((alpha * beta == 0) | (beta <= btol * run.norm_b))
     run.going = bool(run.active.any())
-    istop = torch.where(run.active, 7, torch.where(beta.detach() > btol * run.norm_b, 0, 1))
-    istop = torch.where(beta.detach() == 0, 0, istop)
+    istop = torch.where(run.active, 7, torch.where(beta > btol * run.norm_b, 0, 1))
+    istop = torch.where(beta == 0, 0, istop)
 
     one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
     alpha_bar, zeta_bar, zeta, rho, rho_bar, c_bar, s_bar = alpha, alpha * beta, zero, one, one, one, zero
     h, h_bar = v.clone(), torch.zeros_like(x)
-    beta_dd, beta_dot, rho_dot, tau_tilde, theta_tilde, lost = beta.detach(), zero, one, zero, zero, zero
-    square, largest, smallest = alpha.detach().square(), zero, torch.full_like(zero, math.inf)
-    norm_A, norm_x = square.sqrt(), run.norm(x.detach())
+    beta_dd, beta_dot, rho_dot, tau_tilde, theta_tilde, lost = beta, zero, one, zero, zero, zero
+    square, largest, smallest = alpha.square(), zero, torch.full_like(zero, math.inf)
+    norm_A, norm_x = square.sqrt(), run.norm(x)
     while run.going and run.count < maxiter:
         u = run.add_to(apply(v), -alpha, u)
         beta = run.norm(u)
@@ -174,35 +179,34 @@ def _iterate(
 
         length = run.divide(zeta, rho * rho_bar)
 
-        with torch.no_grad():
-            beta_acute, lost = c_hat * beta_dd, lost + (s_hat * beta_dd).square()
-            beta_dd = -s * beta_acute
-            rho_tilde = torch.hypot(rho_dot, theta_bar)
-            c_tilde, s_tilde = run.divide(rho_dot, rho_tilde), run.divide(theta_bar, rho_tilde)
-            theta_tilde, theta_tilde_old = s_tilde * rho_bar, theta_tilde
-            rho_dot = c_tilde * rho_bar
-            beta_dot = c_tilde * c * beta_acute - s_tilde * beta_dot
-            tau_tilde = run.divide(zeta_old - theta_tilde_old * tau_tilde, rho_tilde)
-            tau_dot = run.divide(zeta - theta_tilde * tau_tilde, rho_dot)
-            norm_r = (lost + (beta_dot - tau_dot).square() + beta_dd.square()).sqrt()
+        beta_acute, lost = c_hat * beta_dd, lost + (s_hat * beta_dd).square()
+        beta_dd = -s * beta_acute
+        rho_tilde = torch.hypot(rho_dot, theta_bar)
+        c_tilde, s_tilde = run.divide(rho_dot, rho_tilde), run.divide(theta_bar, rho_tilde)
+        theta_tilde, theta_tilde_old = s_tilde * rho_bar, theta_tilde
+        rho_dot = c_tilde * rho_bar
+        beta_dot = c_tilde * c * beta_acute - s_tilde * beta_dot
+        tau_tilde = run.divide(zeta_old - theta_tilde_old * tau_tilde, rho_tilde)
+        tau_dot = run.divide(zeta - theta_tilde * tau_tilde, rho_dot)
+        norm_r = (lost + (beta_dot - tau_dot).square() + beta_dd.square()).sqrt()
 
-            if run.count:
-                largest, smallest = torch.maximum(largest, rho_bar_old), torch.minimum(smallest, rho_bar_old)
-            square = square + beta.square()
-            norm_A, square = square.sqrt(), square + alpha.square()
-            solved, minimal = _excess(run, norm_r, zeta_bar.abs(), norm_A, norm_x, atol, btol)
-            excess = torch.minimum(solved, minimal)
-            if conlim < math.inf:
-                ill = conlim * torch.minimum(smallest, rho_temp) - torch.maximum(largest, rho_temp)
-                excess = torch.minimum(excess, ill)
-            before = run.active
-            run.judge(excess)
-            if not (run.single and run.going):
-                now = torch.where(solved <= 0, 1, torch.where(minimal <= 0, 2, torch.where(excess <= 0, 3, 7)))
-                istop = torch.where(before, now, istop)
+        if run.count:
+            largest, smallest = torch.maximum(largest, rho_bar_old), torch.minimum(smallest, rho_bar_old)
+        square = square + beta.square()
+        norm_A, square = square.sqrt(), square + alpha.square()
+        solved, minimal = _excess(run, norm_r, zeta_bar.abs(), norm_A, norm_x, atol, btol)
+        excess = torch.minimum(solved, minimal)
+        if conlim < math.inf:
+            ill = conlim * torch.minimum(smallest, rho_temp) - torch.maximum(largest, rho_temp)
+            excess = torch.minimum(excess, ill)
+        before = run.active
+        run.judge(excess)
+        if not (run.single and run.going):
+            now = torch.where(solved <= 0, 1, torch.where(minimal <= 0, 2, torch.where(excess <= 0, 3, 7)))
+            istop = torch.where(before, now, istop)
         x = run.step(x, length, h_bar)
         h = run.add_to(v, -run.divide(theta, rho), h)
-        norm_x = run.norm(x.detach())
+        norm_x = run.norm(x)
         run.report(x)
     return x, istop, norm_A
 

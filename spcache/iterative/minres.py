@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .stopping import Callback, Solution, System
 
-__all__ = ["minres"]
+__all__ = ["minres", "sweep"]
 
 
 def minres(
@@ -36,10 +36,10 @@ def minres(
         >>> minres(torch.tensor([[1.0, 2.0], [2.0, -1.0]]), torch.tensor([5.0, 0.0])).x
         tensor([1., 2.])
     """
-    return System(A, b, x0, rtol, atol, maxiter, M, callback).solve("minres", _sweep, check)
+    return System(A, b, x0, rtol, atol, maxiter, M, callback).solve("minres", sweep, check)
 
 
-def _sweep(run: System, x: Tensor, r: Tensor) -> Tensor:
+def sweep(run: System, x: Tensor, r: Tensor) -> Tensor:
     """Lanczos: A z_j = gamma_{j+1} v_{j+1} + delta_j v_j + gamma_j v_{j-1}, z = M v, z_i^H v_j = 1 if i = j else 0. Its
     tridiagonal matrix is made triangular (diagonal rho) by rotations (c, s) as it grows; eta is what is left of the
     right-hand side. d / rho are the directions in which x moves."""
@@ -67,7 +67,7 @@ def _sweep(run: System, x: Tensor, r: Tensor) -> Tensor:
         second = s * delta + c_old * c * gamma_old
         third = s_old * gamma_old
         d_old, d = d, _direction(run, z_old, third, rho_old, d_old, second, rho, d)
-        rho, rho_old = torch.hypot(first, gamma), rho
+        rho, rho_old = run.hypot(first, gamma), rho
         c, c_old = run.divide(first, rho), c
         s, s_old = run.divide(gamma, rho), s
         length = run.divide(c * eta, rho)
@@ -95,7 +95,7 @@ def _direction(
 
 def _norm(run: System, z: Tensor, v: Tensor) -> Tensor:
     """sqrt(v^H M v), NaN where that is negative."""
-    return run.norm(v) if run.M is None else run.dot(z, v).real.sqrt()
+    return run.norm(v) if run.M is None else run.root(run.dot(z, v).real)
 
 
 def _require_positive(run: System, z: Tensor, v: Tensor) -> None:

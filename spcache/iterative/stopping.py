@@ -10,12 +10,25 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..errors import NotConvergedError
 from ..torch_private import in_dual_level
 from .operators import Apply, Operator, as_operator
 
-__all__ = ["Arithmetic", "Columns", "Solution", "Status", "System", "alike", "count_of", "number_of", "start_of"]
+__all__ = [
+    "Arithmetic",
+    "Columns",
+    "Solution",
+    "Status",
+    "System",
+    "alike",
+    "count_of",
+    "no_derivative",
+    "number_of",
+    "scale_of",
+    "start_of",
+]
 
 Callback = Callable[[Tensor], Any]
 
@@ -83,20 +96,42 @@ def alike(t: Any, name: str, b: Tensor) -> None:
         raise ValueError(f"{name} and b must be on the same device, got {t.device} and {b.device}")
 
 
+def no_derivative(t: Any, name: str) -> None:
+    """Raises where a derivative is asked for: that of the iterations is not that of A^-1."""
+    if not isinstance(t, Tensor):
+        return
+    if t.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} requires grad, but iterative methods are not differentiated (their iterations would give "
+            f'wrong gradients): use spcache.solve_operator(A, b, solver="cg"), for least squares spcache.lstsq, '
+            f"whose gradients are those of the solution, or torch.no_grad(), or detach"
+        )
+    # a sparse tensor has no tangent
+    if in_dual_level() and t.layout is torch.strided and forward_ad.unpack_dual(t).tangent is not None:
+        raise NotImplementedError(
+            f"{name} has a forward-mode tangent, but iterative methods are not differentiated (their iterations "
+            f"would give wrong tangents): detach, or use spcache.solve_operator in reverse mode"
+        )
+
+
 class Arithmetic:
     """Vectors, scalars in their shape with 1 in place of n, and no new memory where no derivative is recorded.
 
     Attributes:
         dim: the dimension of n, -1 or -2.
+        recorded: whether there may be derivatives: those of the iterations, not of the solution, wrong where they end
+            early.
     """
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, recorded: bool = False):
         self.dim = dim
-        self._in_place = not in_dual_level()  # in-place operations of a constant would lose the tangent
+        self.recorded = recorded
+        self._dual = in_dual_level()
         self._product: Tensor | None = None
 
     def _free(self, *tensors: Tensor) -> bool:
-        return self._in_place and not any(t.requires_grad for t in tensors)
+        # in-place operations of a constant would lose the tangent
+        return not self.recorded or not (self._dual or any(t.requires_grad for t in tensors))
 
     def dot(self, u: Tensor, v: Tensor) -> Tensor:
         """u^H v, column by column."""
@@ -108,7 +143,19 @@ class Arithmetic:
         return self._product.sum(self.dim, keepdim=True)
 
     def norm(self, u: Tensor) -> Tensor:
+        if not self._free(u):
+            return self.root(self.dot(u, u).real)
         return torch.linalg.vector_norm(u, dim=self.dim, keepdim=u.dim() > 1)
+
+    def root(self, a: Tensor) -> Tensor:
+        """sqrt(a); where a = 0, which is a column that is done, derivatives are zero."""
+        if self._free(a):
+            return a.sqrt()
+        zero = a == 0
+        return torch.where(zero, 1, a).sqrt().masked_fill(zero, 0)
+
+    def hypot(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.hypot(a, b) if self._free(a, b) else self.root(a * a + b * b)
 
     def add(self, y: Tensor, a: Tensor, x: Tensor, sign: int = 1) -> Tensor:
         """y + sign a x, in the memory of y where that is free."""
@@ -136,7 +183,7 @@ class Columns(Arithmetic):
         fault: whether a number that is not finite was met, at the latest `judge`.
     """
 
-    def __init__(self, A: Operator, b: Tensor, callback: Callback | None):
+    def __init__(self, A: Operator, b: Tensor, callback: Callback | None, recorded: bool = False):
         _dense(b, "b")
         if b.dtype not in DTYPES:
             raise TypeError(f"b must be float32, float64, complex64 or complex128, got dtype {b.dtype}")
@@ -146,7 +193,9 @@ class Columns(Arithmetic):
             raise TypeError(f"callback must be a function of x, got {type(callback).__name__}")
         matrix_dims = 2 if A.shape is None else len(A.shape)
         self.vector = b.dim() == 1 or b.dim() == matrix_dims - 1
-        super().__init__(-1 if self.vector else -2)
+        super().__init__(-1 if self.vector else -2, recorded)
+        if not recorded:
+            no_derivative(b, "b")
         if A.shape is not None:
             if b.shape[self.dim] != A.shape[-2]:
                 raise ValueError(
@@ -163,7 +212,7 @@ class Columns(Arithmetic):
             b = b.expand(*batch, *b.shape[self.dim :])
         if not bool(b.detach().isfinite().all()):
             raise ValueError("b must be finite, got NaN or infinity")
-        self._scale = _scale(b.detach(), self.dim) if b.numel() else None
+        self._scale = scale_of(b.detach(), self.dim)
         self.b = b if self._scale is None else b / self._scale
         self.single = b.numel() == b.shape[self.dim]
         self.callback = callback
@@ -182,11 +231,12 @@ class Columns(Arithmetic):
         b = torch.where(self.active, b, 1)  # also for autograd, to which 0 times infinity is no zero
         return torch.where(self.active, a, 0) / b
 
-    def step(self, x: Tensor, a: Tensor, p: Tensor) -> Tensor:
-        """x + a p, where `judge` has not just met a number that is not finite."""
+    def step(self, x: Tensor, a: Tensor, p: Tensor, back: Tensor | None = None) -> Tensor:
+        """x + a p; where `judge` has just met a number that is not finite, `back`, by default x."""
+        back = x if back is None else back
         if self.sound is None:
-            return x if self.single and self.fault else self.add(x, a, p)
-        return torch.where(self.sound, torch.addcmul(x, a, p), x)
+            return back if self.single and self.fault else self.add(x, a, p)
+        return torch.where(self.sound, torch.addcmul(x, a, p), back)
 
     def judge(self, excess: Tensor) -> None:
         """An iteration is over: columns whose excess is not positive are done, those where it is not finite too. The
@@ -229,9 +279,10 @@ class Columns(Arithmetic):
         """Scalars in the shape in which a status has them."""
         return scalars.squeeze(self.dim) if self.b.dim() > 1 else scalars
 
-    def checked(self, apply: Apply, name: str, rows: int) -> Apply:
-        """The same map; a result that is no tensor of `rows` rows and of b's dtype and device is an error."""
-        b, dim = self.b, self.dim
+    def checked(self, apply: Apply, name: str, rows: int, constant: bool = False) -> Apply:
+        """The same map; a result that is no tensor of `rows` rows and of b's dtype and device is an error, and so is
+        one that asks for a derivative, unless the map is to be constant."""
+        b, dim, watched, dual = self.b, self.dim, not self.recorded, self._dual  # not self, which will own the map
         shape = (*b.shape[:dim], rows, *b.shape[dim:][1:])
 
         def call(x: Tensor) -> Tensor:
@@ -243,13 +294,19 @@ class Columns(Arithmetic):
                     f"{name} must give shape {shape}, {b.dtype} on {b.device}, got {tuple(y.shape)}, {y.dtype} on "
                     f"{y.device}"
                 )
+            if watched and (y.requires_grad or dual):
+                if constant:
+                    return y.detach()
+                no_derivative(y, f"what {name} gives")
             return y
 
         return call
 
 
-def _scale(b: Tensor, dim: int) -> Tensor | None:
+def scale_of(b: Tensor, dim: int) -> Tensor | None:
     """Powers of two that a b is divided by whose square is no number of its type, 1 for the others; None: no need."""
+    if not b.numel():
+        return None
     peak = b.abs().amax(dim, keepdim=b.dim() > 1)
     info = torch.finfo(peak.dtype)
     extreme = (peak > 0) & ((peak < info.tiny**0.25) | (peak > info.max**0.25))
@@ -265,6 +322,8 @@ def start_of(x0: Any, columns: Columns, n: int, b: Tensor) -> Tensor | None:
         return None
     dim = columns.dim
     alike(_dense(x0, "x0"), "x0", columns.b)
+    if not columns.recorded:
+        no_derivative(x0, "x0")
     shape, given = (tuple((*t.shape[:dim], n, *t.shape[dim:][1:])) for t in (columns.b, b))
     if tuple(x0.shape) not in (shape, given):
         raise ValueError(f"x0 must have shape {shape}, got {tuple(x0.shape)}")
@@ -287,16 +346,18 @@ class System(Columns):
 
     def __init__(
         self, A: Any, b: Tensor, x0: Tensor | None, rtol: float, atol: float, maxiter: int | None, M: Any,
-        callback: Callback | None,
+        callback: Callback | None, recorded: bool = False,
     ):  # fmt: skip
         map_A = as_operator(A)
         if map_A.shape is not None and map_A.shape[-1] != map_A.shape[-2]:
             raise ValueError(f"A must be square, got shape {map_A.shape}; lsmr solves least-squares problems")
-        super().__init__(map_A, b, callback)
+        super().__init__(map_A, b, callback, recorded)
         alike(A, "A", self.b)
+        if not recorded:
+            no_derivative(A, "A")
         n = self.b.shape[self.dim]
         self.A = self.checked(map_A.apply, "A", n)
-        self.M = None if M is None else self.checked(_preconditioner(M, n, self.b), "M", n)
+        self.M = None if M is None else self.checked(_preconditioner(M, n, self.b), "M", n, constant=True)
         rtol, atol = number_of(rtol, "rtol"), number_of(atol, "atol")
         self.maxiter = 10 * n if maxiter is None else count_of(maxiter, "maxiter")
         self._x0 = start_of(x0, self, n, b)

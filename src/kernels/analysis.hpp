@@ -36,7 +36,11 @@ struct Plan {
 // built. A subtree's root leaves its update matrix in memory of its own. The arithmetic does not depend on the schedule.
 struct Schedule {
   Schedule(const Plan& plan, int threads);
+  // How many of `threads` share the matrices of a batch, or solves with so many numbers of factors, one matrix each.
+  int sharing(int64_t matrices, int threads) const;
+  static int sharing_solves(int64_t solves, int64_t numbers, int threads);
 
+  double total = 0;                   // work
   struct Range { int32_t begin, end; };
   std::vector<Range> subtrees;        // by decreasing work
   std::vector<int32_t> top;           // supernodes above them, ascending
@@ -51,6 +55,30 @@ int64_t factorize(const Kernels& kernels, const Tree& tree, const Schedule& sche
 // x = A^-1 b for `width` right-hand sides on up to `threads` threads; scratch is [threads], its x and passed shared.
 void solve(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const void* factor, const void* b, void* x,
            int64_t width, const SolveScratch* scratch, int threads);
+
+// So many matrices, or right-hand sides, that lie one after the other.
+struct Batch {
+  int64_t count;
+  const void* from;     // values, or b
+  int64_t from_stride;  // bytes
+  void* to;             // factors, or x
+  int64_t to_stride;
+};
+
+// Factors of a batch: that of right-hand side p is select[p], or where select is null p, or the only one.
+struct Factors {
+  int64_t count, stride;
+  const void* data;
+  const int64_t* status;  // where not 0, x becomes NaN
+  const int64_t* select;
+};
+
+// The same for a batch that threads share, each matrix being one thread's. The schedule is that of one thread, scratch
+// [threads] with nothing shared.
+void factorize_batch(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const Assembly& assembly,
+                     const Batch& batch, int64_t* status, const Scratch* scratch, int threads);
+void solve_batch(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const Factors& factors,
+                 const Batch& batch, int64_t width, const SolveScratch* scratch, int threads);
 
 // Both take the lower triangle of the structure (the diagonal may be missing); perm[k] is the original index of pivot k.
 Prediction predict(int32_t n, const int64_t* indptr, const int32_t* indices, const int32_t* perm);

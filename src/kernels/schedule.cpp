@@ -1,6 +1,7 @@
 // Schedules of the assembly tree, and the threads that follow them.
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <queue>
 
 #include "analysis.hpp"
@@ -48,6 +49,14 @@ class TwoStacks {
 
 }  // namespace
 
+int Schedule::sharing(int64_t matrices, int threads) const {
+  return matrices >= threads && double(matrices) * total >= PARALLEL_FROM ? threads : 1;
+}
+
+int Schedule::sharing_solves(int64_t solves, int64_t numbers, int threads) {
+  return solves >= threads && numbers >= PARALLEL_SOLVE_FROM ? threads : 1;
+}
+
 Schedule::Schedule(const Plan& plan, int threads) {
   const int32_t count = plan.supernodes;
   std::vector<double> work(count);     // of the whole subtree
@@ -64,7 +73,6 @@ Schedule::Schedule(const Plan& plan, int threads) {
   // Split the largest subtree again and again, and keep the cut with the shortest predicted time.
   using Entry = std::pair<double, int32_t>;
   std::priority_queue<Entry> largest;
-  double total = 0;
   for (int32_t s = 0; s < count; s++)
     if (plan.parent[s] == -1) { largest.emplace(work[s], s); total += work[s]; }
   std::vector<Entry> roots;
@@ -134,6 +142,27 @@ int64_t factorize(const Kernels& kernels, const Tree& tree, const Schedule& sche
     if (int64_t bad = kernels.factorize(tree, assembly, values, factor, s, s + 1, scratch[0])) return bad;
   }
   return failure == INT64_MAX ? 0 : failure;
+}
+
+void factorize_batch(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const Assembly& assembly,
+                     const Batch& batch, int64_t* status, const Scratch* scratch, int threads) {
+  share(batch.count, threads, [&](int64_t e, int thread) {
+    status[e] = factorize(kernels, tree, schedule, assembly, static_cast<const char*>(batch.from) + e * batch.from_stride,
+                          static_cast<char*>(batch.to) + e * batch.to_stride, scratch + thread, 1);
+  });
+}
+
+void solve_batch(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const Factors& factors,
+                 const Batch& batch, int64_t width, const SolveScratch* scratch, int threads) {
+  share(batch.count, threads, [&](int64_t p, int thread) {
+    const int64_t f = factors.select ? factors.select[p] : factors.count == 1 ? 0 : p;
+    char* x = static_cast<char*>(batch.to) + p * batch.to_stride;
+    if (factors.status[f])
+      memset(x, 0xff, size_t(batch.to_stride));  // a NaN in every scalar type
+    else
+      solve(kernels, tree, schedule, static_cast<const char*>(factors.data) + f * factors.stride,
+            static_cast<const char*>(batch.from) + p * batch.from_stride, x, width, scratch + thread, 1);
+  });
 }
 
 void solve(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const void* factor, const void* b, void* x,

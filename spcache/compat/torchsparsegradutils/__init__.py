@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import cached_property
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ... import autograd, functional
+from ... import autograd, functional, iterative
+from ..._lstsq import lstsq as spcache_lstsq
 from ...functional import matmul, solve_triangular, system_of
-from ...matrices import entries_of
+from ...matrices import entries_of, require_dense
 from .utils import bicgstab, linear_cg, lsmr, minres
 
 __all__ = ["sparse_generic_lstsq", "sparse_generic_solve", "sparse_mm", "sparse_triangular_solve"]
 
 _LAYOUTS = (torch.sparse_coo, torch.sparse_csr)
 
-Solver = Callable[..., Tensor]
+Solver = Callable[..., Any]
 
 
 def sparse_mm(A: Tensor, B: Tensor) -> Tensor:
@@ -95,11 +96,12 @@ def sparse_generic_solve(
     Args:
         A: [n, n] sparse COO or CSR.
         B: [n] or [n, k].
-        solve: `solve(A, B, **kwargs) -> X`, called with tensors without a graph. Default: minres, for symmetric A.
-            With `spcache.solve` the backward pass uses the factor of the forward pass.
-        transpose_solve: `transpose_solve(A, B, **kwargs)` solves with A^T, and gets A as it is. If only one of the two
-            is given, it serves for both, and gets the transposed matrix where the other was meant. So does, in the
-            backward pass, a transpose_solve that is the same as solve, or is one of `utils`, which know of no A^T.
+        solve: `solve(A, B, **kwargs) -> X`, or (X, ...), called with tensors without a graph. Default: minres, for
+            symmetric A. With `spcache.solve` the backward pass uses the factor of the forward pass.
+        transpose_solve: `transpose_solve(A, B, **kwargs)` solves with A^T, and gets A as it is. But what solves with
+            the matrix that it gets, gets A^T: `spcache.solve`, the solvers of `utils` and of `spcache.iterative`, also
+            in a `functools.partial`; the same function as solve; and if only one of the two is given, that one, which
+            serves for both. In backward passes B is scaled to columns of norm one, so that absolute tolerances hold.
         kwargs: for both.
 
     Returns:
@@ -128,13 +130,17 @@ def sparse_generic_solve(
             UserWarning,
             stacklevel=2,
         )
-    if solve is functional.solve and transpose_solve is None:
-        return functional.solve(A, B.to(A.dtype), **kwargs)
+    entries = entries_of(A)
+    require_dense("B", B := B.to(A.dtype), entries.values)
+    solve = solve or transpose_solve or minres
+    if transpose_solve is None or transpose_solve == solve:
+        if _root(solve) is functional.solve:
+            return solve(A, B, **kwargs)
+        transpose_solve = None
     if A.layout is torch.sparse_coo:
         A = A.coalesce()
-    entries = entries_of(A)
     numeric: Any = _Solver(A.detach().clone(), solve, transpose_solve, kwargs)
-    return autograd.solve(system_of(entries)._factorizer, numeric, entries.values, B.to(A.dtype), B.dim() == 1, False)
+    return autograd.solve(system_of(entries)._factorizer, numeric, entries.values, B, B.dim() == 1, False)
 
 
 class _Solver:
@@ -142,32 +148,74 @@ class _Solver:
 
     failed = None
 
-    def __init__(self, A: Tensor, solve: Solver | None, transpose_solve: Solver | None, kwargs: dict[str, Any]):
-        self._A, self._kwargs = A, kwargs
-        # (function, whether it needs the transposed matrix): for A^-1 b and for A^-T b
-        self._functions: tuple[tuple[Solver, bool], tuple[Solver, bool]]
-        if transpose_solve in (None, solve, bicgstab, linear_cg, minres):  # those solve with what they get
-            forward = solve or transpose_solve or minres
-            self._functions = (forward, False), (transpose_solve or forward, True)
-        else:
-            assert transpose_solve is not None
-            self._functions = (transpose_solve, True) if solve is None else (solve, False), (transpose_solve, False)
+    def __init__(self, A: Tensor, solve: Solver, transpose_solve: Solver | None, kwargs: dict[str, Any]):
+        self._values = entries_of(A).values
+        self._direct = _Linear(partial(solve, **kwargs), A, scaled=False)
+        self._transpose = _transpose(solve, transpose_solve, A, kwargs)
 
     def solve(self, b: Tensor, vector: bool, adjoint: bool) -> Tensor:
         """A^-1 b, or A^-H b, the conjugate of A^-T b̄."""
-        function, transposed = self._functions[adjoint]
-        b = b.detach().conj().resolve_conj() if adjoint else b.detach()
-        with torch.no_grad():
-            x = function(self._transposed if transposed else self._A, b, **self._kwargs)
-        x = x.reshape(b.shape).to(self._A.dtype)
-        return x.conj().resolve_conj() if adjoint else x
-
-    @cached_property
-    def _transposed(self) -> Tensor:
-        return self._A.t().coalesce() if self._A.layout is torch.sparse_coo else self._A.t().to_sparse_csr()
+        return _conj(self._transpose(_conj(b), b.shape)) if adjoint else self._direct(b, b.shape)
 
     def same_values(self, values: Tensor) -> bool:
-        return torch.equal(values, entries_of(self._A).values)
+        return torch.equal(values, self._values)
+
+
+class _Linear:
+    """A solver of the user's as the linear map that it is. Gives new memory, also where the solver gives what it got.
+
+    Args:
+        scaled: every right-hand side is a cotangent, and not only those after the first: zero gives zero without a
+            solve, and columns have norm one, so that tolerances mean what they mean for the user's own.
+    """
+
+    def __init__(self, solve: Solver, A: Tensor, scaled: bool):
+        self._solve, self._A, self._scaled = solve, A, scaled
+
+    @torch.no_grad()
+    def __call__(self, b: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """x, of a shape."""
+        b = b.detach()
+        if not self._scaled:
+            self._scaled = True
+            return self._run(b, shape)
+        if not b.any():
+            return b.new_zeros(shape)
+        largest = b.abs().amax(0)  # the norm of what is tiny or huge would underflow or overflow
+        zero = largest == 0
+        b = b / largest.masked_fill(zero, 1)
+        norm = torch.linalg.vector_norm(b, dim=0).masked_fill(zero, 1)
+        return (self._run(b / norm, shape) * norm * largest).masked_fill(zero, 0)
+
+    def _run(self, b: Tensor, shape: tuple[int, ...]) -> Tensor:
+        found: Any = self._solve(self._A, b)
+        x: Tensor = found[0] if isinstance(found, tuple) else found
+        return x.reshape(shape).to(b.dtype, copy=True)
+
+
+def _root(solve: Solver) -> Solver:
+    """What a partial function is part of."""
+    return _root(solve.func) if isinstance(solve, partial) else solve
+
+
+def _transpose(solve: Solver | None, transpose: Solver | None, A: Tensor, kwargs: dict[str, Any]) -> _Linear:
+    """The solver with A^T: of A, or of its transpose where the function solves with what it gets."""
+    own = transpose is None or _root(transpose) in _OWN
+    transpose = transpose or solve
+    assert transpose is not None
+    run = partial(transpose, **kwargs)
+
+    def run_on_transpose(A: Tensor, b: Tensor) -> Any:
+        return run(A.t().coalesce() if A.layout is torch.sparse_coo else A.t().to_sparse_csr(), b)
+
+    return _Linear(run_on_transpose if own else run, A, scaled=True)
+
+
+# they solve with the matrix that they get
+_OWN = (
+    functional.solve, bicgstab, linear_cg, lsmr, minres,
+    iterative.bicgstab, iterative.cg, iterative.gmres, iterative.lsmr, iterative.minres,
+)  # fmt: skip
 
 
 def sparse_generic_lstsq(
@@ -178,9 +226,9 @@ def sparse_generic_lstsq(
     Args:
         A: [m, n] sparse COO or CSR of full column rank, m >= n.
         B: [m] or [m, k].
-        lstsq: `lstsq(A, B) -> X`. Default: LSMR.
-        transpose_lstsq: `transpose_lstsq(A, B)` solves A^T Y = B for the smallest Y, and gets A as it is. Default:
-            LSMR.
+        lstsq: `lstsq(A, B) -> X`, or (X, ...). Default: LSMR. `spcache.lstsq` has its own derivative.
+        transpose_lstsq: `transpose_lstsq(A, B)` solves A^T Y = B for the smallest Y, and gets A as it is; but A^T if it
+            is `utils.lsmr` or `spcache.iterative.lsmr`. Default: LSMR.
 
     Returns:
         X of shape [n] or [n, k]. The gradient of A is at its stored entries only, in A's layout.
@@ -192,6 +240,9 @@ def sparse_generic_lstsq(
         Golub & Pereyra (1973), doi:10.1137/0710036, eq. 4.12.
     """
     entries = entries_of(A)
+    require_dense("B", B, entries.values)
+    if transpose_lstsq is None and lstsq is not None and _root(lstsq) is spcache_lstsq:
+        return lstsq(A, B)
     (m, n), system, detached = entries.shape, system_of(entries), A.detach()
     values = entries.values.detach()
 
@@ -201,12 +252,19 @@ def sparse_generic_lstsq(
     def adjoint(y: Tensor) -> Tensor:
         return system.matmul(values, y, adjoint=True)
 
-    least: Solver = lstsq or (lambda _, B: lsmr(direct, B, adjoint, n)[0])
-    smallest: Solver = transpose_lstsq or (lambda _, B: lsmr(adjoint, B, direct, m)[0])
+    least = _Linear(lstsq or (lambda _, B: lsmr(direct, B, adjoint, n)), detached, scaled=False)
+    if transpose_lstsq is None:
+        default = _Linear(lambda _, B: lsmr(adjoint, B, direct, m), detached, scaled=True)
+    else:
+        given = _transpose(None, transpose_lstsq, detached, {})
+
+    def smallest(g: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The smallest f with A^H f = g."""
+        return default(g, shape) if transpose_lstsq is None else _conj(given(_conj(g), shape))
 
     def solver(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        shift = smallest(detached, g.detach()).reshape(f.shape) if g.any() else torch.zeros_like(f)
-        x = least(detached, (f - shift).detach()).reshape(g.shape)
+        shift = smallest(g, f.shape)
+        x = least(f - shift, g.shape)
         if not f.any():
             return shift, x  # f - A x, more accurately
         return f - direct(x), x
@@ -214,6 +272,10 @@ def sparse_generic_lstsq(
     X = autograd.LeastSquares.apply(entries.values, B, B.new_zeros(n, *B.shape[1:]), system._factorizer, solver)[1]
     _refuse_backward(X, lambda: m < n, f"A should be a tall full-rank matrix. Got A.shape={A.shape}")
     return X
+
+
+def _conj(x: Tensor) -> Tensor:
+    return x.conj().resolve_conj()
 
 
 def _refuse_backward(x: Tensor, wrong: Callable[[], bool], message: str) -> None:

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import cmath
 import logging
+import math
 import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ....iterative.stopping import scale_of
 from .closure import Closure, closure
 
 __all__ = ["BICGSTABSettings", "bicgstab"]
@@ -20,9 +22,10 @@ __all__ = ["BICGSTABSettings", "bicgstab"]
 class BICGSTABSettings(NamedTuple):
     """
     Attributes:
-        matvec_max: most products with A for a right-hand side, that for the first residual included; None: 2 n.
+        matvec_max: most products with A for a right-hand side, that for the first residual included, that to confirm
+            the last one not; None: 2 n.
         abstol, reltol: done when ||b - A x|| <= max(abstol, reltol ||b||).
-        precon: approximates A^-1.
+        precon: approximates A^-1; a function gives a new tensor.
         logger: gets the residuals, level INFO.
     """
 
@@ -40,6 +43,8 @@ def bicgstab(
     settings: BICGSTABSettings = BICGSTABSettings(),  # noqa: B008
 ) -> Tensor:
     """X with A X = rhs for a general A, column by column. Warns where a column does not get to the tolerance.
+
+    Autograd records the derivative of the iterations, not of the solution: wrong where they end early.
 
     Args:
         matmul_closure: A, [n, n], or a function of a vector [n].
@@ -82,16 +87,21 @@ def bicgstab(
 def _solve(
     A: Closure, M: Closure | None, b: Tensor, x: Tensor, budget: int, settings: BICGSTABSettings
 ) -> tuple[Tensor, bool]:
-    """(x, whether ||b - A x|| came below the limit); b, x: [n]. Starts again from x where it breaks down."""
-    limit = max(settings.abstol, settings.reltol * float(b.norm()))
-    x, products = x.clone(), 1
+    """(x, whether ||b - A x|| is below the limit); b, x: [n]. Starts again from x where it breaks down, and where
+    it was wrong about the residual."""
+    found = scale_of(b.detach(), -1)
+    scale = 1.0 if found is None else found.item()
+    b, x, products = b / scale, x / scale, 1
+    limit = max(settings.abstol / scale, settings.reltol * float(b.detach().norm()))
+    # The residual carried along is believed far above rounding, and where M cannot have written into vectors of ours.
+    doubtful = M is not None or limit < 1e5 * torch.finfo(b.dtype).eps * float(b.detach().norm())
     r = shadow = p = b - A(x)
-    rho = torch.vdot(shadow, r)
+    rho = torch.vdot(r, r)
 
     def done(r: Tensor) -> bool:
         size = torch.linalg.vector_norm(r).item()
-        settings.logger.info("%6d products, residual %8.2e", products, size)
-        return size <= limit
+        settings.logger.info("%6d products, residual %8.2e", products, size * scale)
+        return size <= limit < math.inf
 
     converged = done(r)
     while not converged and products < budget:
@@ -105,19 +115,24 @@ def _solve(
             r = shadow = p = b - A(x)
             rho, products = torch.vdot(r, r), products + 1
             continue
+        x_half = torch.addcmul(x, alpha, q)  # before M may write over q
         s = torch.addcmul(r, alpha, v, value=-1)
         converged = done(s)
         if converged or products == budget:
-            x = torch.addcmul(x, alpha, q)
-            break
-        z = s if M is None else M(s)
-        t = A(z)
-        products += 1
-        tt = torch.vdot(t, t)
-        omega = torch.vdot(t, s) / torch.where(tt == 0, 1, tt)
-        r = torch.addcmul(s, omega, t, value=-1)
-        x = torch.addcmul(torch.addcmul(x, alpha, q), omega, z)
-        converged = done(r)
-        rho, previous = torch.vdot(shadow, r), rho
-        p = torch.addcmul(r, rho / previous * alpha / omega, torch.addcmul(p, omega, v, value=-1))
-    return x, converged
+            x = x_half
+        else:
+            z = s if M is None else M(s)
+            t = A(z)
+            products += 1
+            tt = torch.vdot(t, t)
+            omega = torch.vdot(t, s) / torch.where(tt == 0, 1, tt)
+            r = torch.addcmul(s, omega, t, value=-1)
+            x = torch.addcmul(x_half, omega, z)
+            converged = done(r)
+            rho, previous = torch.vdot(shadow, r), rho
+            p = torch.addcmul(r, rho / previous * alpha / omega, torch.addcmul(p, omega, v, value=-1))
+        if converged and doubtful:
+            r = shadow = p = b - A(x)
+            rho, products = torch.vdot(r, r), products + 1
+            converged = done(r)
+    return x * scale, converged

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ....iterative.stopping import Arithmetic
+from ....iterative.stopping import Arithmetic, scale_of
 from .closure import Closure, closure
 
 __all__ = ["CGInfo", "LinearCGSettings", "linear_cg"]
@@ -72,6 +72,8 @@ def linear_cg(
 ) -> Any:
     """X with A X = rhs for a symmetric positive definite A. Warns where a column does not converge.
 
+    Autograd records the derivative of the iterations, not of the solution: wrong where they end early.
+
     Args:
         matmul_closure: A, [n, n] or [*B, n, n], or a function of [*B, n, k].
         rhs: [n] or [*B, n, k].
@@ -79,7 +81,7 @@ def linear_cg(
         tolerance, max_iter, max_tridiag_iter: instead of the settings'.
         eps: p^T A p and r^T M r must not be smaller; None: the smallest normal number.
         stop_updating_after: a column whose relative residual is not larger changes no more; None: tolerance.
-        preconditioner: r [*B, n, k] -> M r, positive definite.
+        preconditioner: r [*B, n, k] -> M r, a new tensor; positive definite.
         convergence_reduction: done when "all" columns are, or when the "mean" of their residuals is small enough.
         min_iter: fewest iterations.
 
@@ -121,10 +123,13 @@ def linear_cg(
         print(f"linear_cg: {tuple(b.shape)}, at most {max_iter} iterations, tolerance {tolerance}")
 
     # everything relative to ||b||; the solution for b = 0 is zero, whatever the guess
-    run = Arithmetic(-2)
+    run = Arithmetic(-2, recorded=True)
+    scale = scale_of(b.detach(), -2)
+    scale = b.new_ones(()) if scale is None else scale
+    b = b / scale
     zero = (size := run.norm(b)) == 0
     size = size.masked_fill(zero, 1)
-    x = torch.zeros_like(b) if initial_guess is None else (_guess(initial_guess, b) / size).masked_fill(zero, 0)
+    x = torch.zeros_like(b) if initial_guess is None else (_guess(initial_guess, b) / scale / size).masked_fill(zero, 0)
     r, matvecs = b / size - A(x), 1
     if r.isnan().any():
         raise RuntimeError("NaNs encountered when trying to perform matrix-vector multiplication")
@@ -143,11 +148,11 @@ def linear_cg(
         curvature = run.dot(p, q)
         _require(curvature, eps, done, "p^T A p")
         _require(rho, eps, done, "residual inner product")
-        alpha = (rho / curvature).masked_fill(done | (curvature < eps), 0)
+        alpha = rho / curvature.masked_fill(done | (curvature < eps), math.inf)  # zero, and so are its derivatives
         x, r = run.add(x, alpha, p), run.add(r, alpha, q, -1)
         z = r if M is None else M(r)
         rho, previous = run.dot(r, z), rho
-        beta = (rho / previous).masked_fill(previous < eps, 0)
+        beta = rho / previous.masked_fill(previous < eps, math.inf)
         p = run.add_to(z, beta, p)
         residual = run.norm(r)
         done, iterations, matvecs = residual <= stop, k + 1, matvecs + 1
@@ -175,6 +180,7 @@ def linear_cg(
             UserWarning,
             stacklevel=2,
         )
+    x = x * scale
     results = [x.squeeze(-1) if vector else x]
     if n_tridiag:
         results.append(lanczos.matrices(b))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ....iterative import minres as engine
+from ....iterative import recorded
 from .closure import Closure, closure
 
 __all__ = ["MINRESSettings", "minres"]
@@ -42,6 +42,9 @@ def minres(
 ) -> Tensor:
     """X with (value A + shift) X = rhs for a symmetric A. Warns where a column does not get to the tolerance.
 
+    Autograd records the derivative of the iterations, not of the solution: wrong where they end early. For that of the
+    solution take `sparse_generic_solve`.
+
     Args:
         matmul_closure: A, [n, n] or [*B, n, n], or a function of [*B, n, k].
         rhs: [n] or [*B, n, k].
@@ -49,7 +52,7 @@ def minres(
         shifts: one number, or [s, ...]: s systems, solved one after the other; further dimensions go with those of B.
         value: None: 1.
         max_iter: instead of the settings'.
-        preconditioner: r [*B, n, k] -> M r, positive definite.
+        preconditioner: r [*B, n, k] -> M r, a new tensor; positive definite.
 
     Returns:
         X of the shape of rhs, broadcast with B; with s > 1 shifts [s, ...].
@@ -79,9 +82,9 @@ def minres(
             y = multiply(x) if value is None else value * multiply(x)
             return y if shifts is None else y + shift * x
 
-        x, status = engine(
+        x, status = recorded.minres(
             SimpleNamespace(matmul=apply, shape=(*b.shape[:-2], b.shape[-2], b.shape[-2])),
-            b, rtol=settings.minres_tolerance, maxiter=maxiter, M=preconditioner, check=False,
+            b, rtol=settings.minres_tolerance, maxiter=maxiter, M=preconditioner,
         )  # fmt: skip
         if not bool(status.converged.all()):
             warnings.warn(

@@ -51,6 +51,13 @@ def convert_coo_to_csr_indices_values(
         (crow, col, values): [num_rows + 1], [nnz], [nnz], or [batch, num_rows + 1], [batch, nnz / batch] twice.
         Without values, in their place the number of the entry that went there.
     """
+    return _compressed(coo_indices, num_rows, values, None)
+
+
+def _compressed(
+    coo_indices: Tensor, num_rows: int, values: Tensor | None, blocks: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """blocks: how many the batch has; None: up to the last one that has an entry."""
     kinds, nnz = coo_indices.shape
     if kinds < 2:
         raise ValueError(f"Indices tensor must have at least 2 rows (row and column indices). Got {kinds} rows.")
@@ -61,7 +68,8 @@ def convert_coo_to_csr_indices_values(
         raise ValueError(f"Row indices must be less than num_rows ({num_rows}). Got max row index {row.max()}")
     if values is not None and len(values) != nnz:
         raise ValueError(f"Number of values ({len(values)}) does not match number of indices ({nnz})")
-    blocks = int(batch[0].max()) + 1 if batch and nnz else 1
+    if blocks is None:
+        blocks = int(batch[0].max()) + 1 if batch and nnz else 1
     place = batch[0].long() * num_rows + row if batch else row.long()  # the row in all blocks below each other
     order = torch.argsort(col, stable=True)
     order = order[torch.argsort(place[order], stable=True)]
@@ -69,7 +77,8 @@ def convert_coo_to_csr_indices_values(
     if batch and (counts.sum(1) * blocks != nnz).any():
         raise ValueError(f"A batch in CSR needs equally many entries in each element, got {counts.sum(1).tolist()}")
     crow = torch.nn.functional.pad(counts.cumsum(1), (1, 0)).to(row.dtype)
-    parts = crow, col[order].view(blocks, -1), (order if values is None else values[order]).view(blocks, -1)
+    shape = blocks, nnz // max(blocks, 1)
+    parts = crow, col[order].view(shape), (order if values is None else values[order]).view(shape)
     return parts if batch else (parts[0][0], parts[1][0], parts[2][0])
 
 
@@ -79,7 +88,8 @@ def convert_coo_to_csr(sparse_coo_tensor: Tensor) -> Tensor:
     if A.layout is not torch.sparse_coo:
         raise ValueError(f"Unsupported layout: {A.layout}")
     A = A.coalesce()
-    return torch.sparse_csr_tensor(*convert_coo_to_csr_indices_values(A.indices(), A.shape[-2], A.values()), A.shape)
+    blocks = A.shape[0] if A.dim() == 3 else None
+    return torch.sparse_csr_tensor(*_compressed(A.indices(), A.shape[-2], A.values(), blocks), A.shape)
 
 
 def sparse_block_diag(*sparse_tensors: Tensor) -> Tensor:
@@ -169,7 +179,7 @@ def sparse_eye(
         return torch.sparse_csr_tensor(crow, col, values, size, requires_grad=requires_grad)
     if layout is torch.sparse_coo:
         indices = torch.cartesian_prod(*(torch.arange(b, device=device) for b in batch), pointers[:-1].long())
-        indices = indices.reshape(values.numel(), -1)[:, [*range(len(batch)), -1, -1]].T
+        indices = indices.reshape(values.numel(), len(batch) + 1)[:, [*range(len(batch)), -1, -1]].T
         return torch.sparse_coo_tensor(indices, values.flatten(), size, requires_grad=requires_grad, is_coalesced=True)
     raise ValueError(f"Layout {layout} not supported. Only sparse_coo and sparse_csr are supported.")
 
