@@ -88,7 +88,7 @@ class Convention:
         if self.mirror == NONE:
             return -G
         other = product(columns, rows)
-        return -self._weights(rows, columns) * (G + (other.conj() if self.mirror == CONJUGATED else other))
+        return -self._weights(rows, columns, u.dtype) * (G + (other.conj() if self.mirror == CONJUGATED else other))
 
     def matvec_by_torch(self, values: Tensor, x: Tensor, adjoint: bool) -> Tensor:
         """`matvec` on any device. torch.use_deterministic_algorithms makes the order of the sums certain."""
@@ -107,11 +107,11 @@ class Convention:
             return y
         if self.mirror == CONJUGATED:  # S^H = S
             v = values
-        v = self._weights(rows, columns) * v
+        v = self._weights(rows, columns, v.dtype) * v
         add(rows, columns, v)
         add(columns, rows, v.conj() if self.mirror == CONJUGATED else v)
         return y
 
-    def _weights(self, rows: Tensor, columns: Tensor) -> Tensor:
+    def _weights(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor | float:
         """w_k, real."""
-        return torch.where(rows != columns, 1.0, 0.5) if self.one_triangle else torch.tensor(0.5, device=rows.device)
+        return 0.5 * (1 + (rows != columns).to(dtype.to_real())) if self.one_triangle else 0.5

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._pattern import Loan, ValuesCopy
-from .engines.cudss import Assembly, Storage, SymbolicFactor
+from .engines.cudss import Assembly, Storage, SymbolicFactor, require_eager
 from .engines.protocol import DTYPE_CODES, Failure
 from .errors import SingularMatrixError
 from .factor import KEEP_IDLE, NumericFactor, Pool
@@ -91,19 +91,22 @@ class DeviceFactor(NumericFactor):
         self.finite = self._settled = False
         self.failures = None
         self.failed = None
+        if self.plan.hopeless is not None:
+            self.settle()
 
     def settle(self) -> None:
         """Waits for the device, and learns which matrices have no factor."""
         if self._settled:
             return
         start = perf_counter()
-        self.failures, self._settled = self.storage.failures(), True
+        self.failures = self.storage.failures()
         self._look_at_perturbed()
         self._stats.seconds["factorize"] += perf_counter() - start
         self._stats.nnz_factor = self.plan.nnz
         if self.failures is not None:
             failed = torch.tensor([f is not None for f in self.failures], device="cpu")
             self.failed = failed.to(self._device).view(self.batch_shape)
+        self._settled = True
 
     def _look_at_perturbed(self) -> None:
         """A matrix some of whose pivots had to be replaced is singular to working precision where refinement does not
@@ -141,6 +144,7 @@ class DeviceFactor(NumericFactor):
 
     def same_values(self, values: Tensor) -> bool:
         """Bit by bit; waits for the device."""
+        require_eager(values)
         mine = self._kept
         if values.shape != mine.shape or values.dtype != mine.dtype or values.device != mine.device:
             return False

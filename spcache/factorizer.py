@@ -177,8 +177,9 @@ class Factorizer:
         """As `find`. With check=False equal values are not recognized, and nobody waits for the device."""
         if self.options["cuda"] == "host":
             return HostFactor(self.find(to_host(values), raising), values.device)
-        reading = self.checks or raising is not None
+        cudss.require_eager(values)
         raising = self.checks if raising is None else raising
+        reading = self.checks or raising
         held = self._held
         if not (reading and isinstance(held, DeviceFactor) and held.may_be(values) and held.same_values(values)):
             self._held = held = None

@@ -5,13 +5,17 @@ Thin objects over its C interface: `Library`, `Handle`, `Config`, `Matrix`, `Dat
 what lies there must outlive the work that uses it. Names and numbers are cuDSS's own (docs.nvidia.com/cuda/cudss).
 
 A handle serves one call at a time: it has a lock, which is only ever waited for without the GIL, because cuDSS calls
-back for memory under that lock, and the callback needs the GIL.
+back for memory under that lock, and the callback needs the GIL. In there Python may free `Data` of the same handle:
+these are destroyed when the lock is free.
 """
 from libc.stdint cimport int32_t, int64_t, uintptr_t
 from libc.string cimport memset, strncpy
+from libcpp.vector cimport vector
+
 cimport cython
 
 import os
+from threading import get_ident
 
 cdef extern from "dlfcn.h" nogil:
     int RTLD_NOW, RTLD_LOCAL
@@ -19,10 +23,14 @@ cdef extern from "dlfcn.h" nogil:
     void* dlsym(void*, const char*)
     char* dlerror()
 
-cdef extern from "<mutex>" namespace "std" nogil:
-    cdef cppclass mutex:
-        void lock()
-        void unlock()
+cdef extern from "<pthread.h>" nogil:  # may be tried by the thread that has it, unlike std::mutex
+    ctypedef struct pthread_mutex_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t*, void*)
+    int pthread_mutex_lock(pthread_mutex_t*)
+    int pthread_mutex_trylock(pthread_mutex_t*)
+    int pthread_mutex_unlock(pthread_mutex_t*)
+    int pthread_mutex_destroy(pthread_mutex_t*)
 
 ctypedef void* Object  # cudssHandle_t, cudssConfig_t, cudssData_t, cudssMatrix_t, cudaStream_t
 
@@ -121,7 +129,7 @@ cdef int allocate(void* context, void** pointer, size_t size, Object stream) noe
         handle.allocated += size
         return 0
     except BaseException as error:
-        handle.error = error
+        handle.errors[get_ident()] = error
         return 1
 
 
@@ -132,7 +140,7 @@ cdef int release(void* context, void* pointer, size_t size, Object stream) noexc
         handle.allocated -= size
         return 0
     except BaseException as error:
-        handle.error = error
+        handle.errors[get_ident()] = error
         return 1
 
 
@@ -148,10 +156,16 @@ cdef class Handle:
     """
     cdef readonly Library library
     cdef Object object
-    cdef mutex busy
+    cdef pthread_mutex_t busy
     cdef MemoryHandler handler
-    cdef object allocator, deallocator, error
+    cdef object allocator, deallocator
+    cdef dict errors             # thread -> what its callback met
+    cdef vector[Object] doomed   # data to be destroyed; touched only while the GIL is held
     cdef readonly int64_t allocated
+
+    def __cinit__(self):
+        self.errors = {}
+        pthread_mutex_init(&self.busy, NULL)
 
     def __init__(self, Library library, allocator, deallocator):
         cdef Object created = NULL
@@ -172,12 +186,27 @@ cdef class Handle:
 
     def __dealloc__(self):
         if self.object != NULL:
+            self.sweep()
             with nogil:
                 self.library.call.cudssDestroy(self.object)
+        pthread_mutex_destroy(&self.busy)
+
+    cdef void sweep(self) noexcept:
+        """Destroys what could not be destroyed when it was freed."""
+        cdef vector[Object] doomed
+        cdef Object data
+        doomed.swap(self.doomed)
+        for data in doomed:
+            with nogil:
+                pthread_mutex_lock(&self.busy)
+                self.library.call.cudssDataDestroy(self.object, data)
+                pthread_mutex_unlock(&self.busy)
 
     cdef int settle(self, int status, str function) except -1:
-        """Raises what a callback met, or what the status says."""
-        error, self.error = self.error, None
+        """After a call: raises what its callback met, or what the status says."""
+        if not self.doomed.empty():
+            self.sweep()
+        error = self.errors.pop(get_ident(), None) if self.errors else None
         if status != 0 and error is not None:
             raise error
         return check(status, function)
@@ -186,12 +215,12 @@ cdef class Handle:
         """Runs phases (OR-ed) on a stream, without waiting for the device."""
         cdef int status
         with nogil:
-            self.busy.lock()
+            pthread_mutex_lock(&self.busy)
             status = self.library.call.cudssSetStream(self.object, <Object> stream)
             if status == 0:
                 status = self.library.call.cudssExecute(
                     self.object, phase, config.object, data.object, A.object, x.object, b.object)
-            self.busy.unlock()
+            pthread_mutex_unlock(&self.busy)
         self.settle(status, "cudssExecute")
 
 
@@ -266,28 +295,34 @@ cdef class Data:
             raise RuntimeError("data are made once")
         self.handle = handle
         with nogil:
-            handle.busy.lock()
+            pthread_mutex_lock(&handle.busy)
             status = handle.library.call.cudssDataCreate(handle.object, &created)
-            handle.busy.unlock()
+            pthread_mutex_unlock(&handle.busy)
         self.object = created
         handle.settle(status, "cudssDataCreate")
 
     def __dealloc__(self):
         cdef Handle handle = self.handle
-        if self.object != NULL:
-            with nogil:
-                handle.busy.lock()
-                handle.library.call.cudssDataDestroy(handle.object, self.object)
-                handle.busy.unlock()
+        if self.object == NULL:
+            return
+        if pthread_mutex_trylock(&handle.busy) != 0:
+            handle.doomed.push_back(self.object)
+            return
+        with nogil:
+            handle.library.call.cudssDataDestroy(handle.object, self.object)
+            pthread_mutex_unlock(&handle.busy)
 
-    def set(self, int parameter, int32_t[::1] numbers):
+    def set(self, int parameter, int32_t[::1] numbers, uintptr_t stream):
+        """Copies numbers, in the order of the stream."""
         cdef int status
         cdef size_t size = sizeof(int32_t) * numbers.shape[0]
         with nogil:
-            self.handle.busy.lock()
-            status = self.handle.library.call.cudssDataSet(
-                self.handle.object, self.object, parameter, &numbers[0], size)
-            self.handle.busy.unlock()
+            pthread_mutex_lock(&self.handle.busy)
+            status = self.handle.library.call.cudssSetStream(self.handle.object, <Object> stream)
+            if status == 0:
+                status = self.handle.library.call.cudssDataSet(
+                    self.handle.object, self.object, parameter, &numbers[0], size)
+            pthread_mutex_unlock(&self.handle.busy)
         self.handle.settle(status, f"cudssDataSet({parameter})")
 
     def get(self, int parameter, out, uintptr_t stream):
@@ -296,11 +331,11 @@ cdef class Data:
         cdef size_t written = 0
         cdef int status
         with nogil:
-            self.handle.busy.lock()
+            pthread_mutex_lock(&self.handle.busy)
             status = self.handle.library.call.cudssSetStream(self.handle.object, <Object> stream)
             if status == 0:
                 status = self.handle.library.call.cudssDataGet(
                     self.handle.object, self.object, parameter, &memory[0], memory.shape[0], &written)
-            self.handle.busy.unlock()
+            pthread_mutex_unlock(&self.handle.busy)
         self.handle.settle(status, f"cudssDataGet({parameter})")
         return out

@@ -42,14 +42,13 @@ class HostDevice(cudss.Device):
     def release(self, address):
         _libc.free(address)
 
-    def require_eager(self):
-        pass
-
 
 class OnFake(Factorizer):
     """Takes tensors of the CPU for those of a device."""
 
     def find(self, values, raising=None):
+        if self.options["cuda"] == "host":
+            return super().find(values, raising)
         return self._find_on_device(plain(values.detach()), raising)
 
     def _engine(self, device, kind):

@@ -30,7 +30,7 @@ from ..torch_private import current_raw_stream
 from . import _cudss
 from .protocol import DTYPE_CODES, Failure, Structure
 
-__all__ = ["ORDERINGS", "Assembly", "Storage", "SymbolicFactor", "analyze"]
+__all__ = ["ORDERINGS", "Assembly", "Storage", "SymbolicFactor", "analyze", "require_eager"]
 
 # Numbers of cuDSS. Phases may be added up.
 REORDERING, SYMBOLIC, FACTORIZATION, REFACTORIZATION, SOLVE = 1, 2, 4, 8, 1008
@@ -95,8 +95,12 @@ class Device:
 
     def wait(self, stream: int, other: int) -> None:
         """What is done on `stream` from now on happens after all that was asked of `other`."""
-        streams = (torch.cuda.ExternalStream(s, device=self.device) for s in (stream, other))
-        next(streams).wait_stream(next(streams))
+        self._stream(stream).wait_stream(self._stream(other))
+
+    def _stream(self, address: int) -> torch.cuda.Stream:
+        if address == 0:  # which ExternalStream takes for a wish of a new one
+            return torch.cuda.default_stream(self.device)
+        return torch.cuda.ExternalStream(address, device=self.device)
 
     def allocate(self, nbytes: int, stream: int) -> int:
         return torch.cuda.caching_allocator_alloc(nbytes, self.device, stream)
@@ -104,11 +108,13 @@ class Device:
     def release(self, address: int) -> None:
         torch.cuda.caching_allocator_delete(address)
 
-    def require_eager(self) -> None:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "a solve cannot be captured into a CUDA graph: it reads its status; capture what comes before and after"
-            )
+
+def require_eager(t: Tensor) -> None:
+    """Before anything waits for the device of t, which would spoil a capture."""
+    if t.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a solve cannot be captured into a CUDA graph: it reads its status; capture what comes before and after"
+        )
 
 
 def analyze(structure: Structure, ordering: str, kind: str, device: torch.device) -> SymbolicFactor:
@@ -222,11 +228,11 @@ class SymbolicFactor:
             mtype, FULL if mtype == GENERAL else UPPER,
         )  # fmt: skip
 
-    def order(self, data: _cudss.Data) -> bool:
+    def order(self, data: _cudss.Data, stream: int) -> bool:
         """Gives a slot the permutation that an earlier one found; False where there is none yet."""
         permutation = self._permutation
         if permutation is not None:
-            data.set(USER_PERM, permutation)
+            data.set(USER_PERM, permutation, stream)
         return permutation is not None
 
     def learn(self, data: _cudss.Data, stream: int) -> None:
@@ -324,12 +330,12 @@ class _Slot:
             self.A = self.plan.matrix(self.dtype, values)
         self.A.set_values(values)
         if not self.analyzed:
-            given = self.plan.order(self.data)
+            given = self.plan.order(self.data, stream)
             self.execute(REORDERING | SYMBOLIC, False, any_columns, any_columns, stream)
             if not given:
                 self.plan.learn(self.data, stream)
             self.analyzed = True
-        self.data.set(INFO, np.zeros(1, np.int32))  # it is sticky
+        self.data.set(INFO, np.zeros(1, np.int32), stream)  # it is sticky
         self.execute(REFACTORIZATION if self.factorized else FACTORIZATION, False, any_columns, any_columns, stream)
         self.factorized = True
 
@@ -356,7 +362,7 @@ class Storage:
         self._slots: list[_Slot] = []
         self._values: Tensor | None = None  # what the descriptors point to
         self._stream: int | None = None  # that used it last
-        self._home: int | None = None  # that used it first, to whose memory the factors belong
+        self._streams: set[int] = set()  # all that used it: the factors' memory is theirs
         self._lock = threading.Lock()  # over calls of cuDSS, which are asynchronous: streams and slots change together
 
     @property
@@ -372,17 +378,17 @@ class Storage:
     def _enter(self) -> int:
         """The current stream, made to wait for the one that used the factors before."""
         device = self.plan.device
-        device.require_eager()
         stream = device.stream()
         if self._stream is not None and stream != self._stream:
             device.wait(stream, self._stream)
         self._stream = stream
-        self._home = stream if self._home is None else self._home
+        self._streams.add(stream)
         return stream
 
     def __del__(self) -> None:
-        if self._stream is not None and self._home is not None and self._stream != self._home:
-            self.plan.device.wait(self._home, self._stream)
+        for stream in self._streams:
+            if self._stream is not None and stream != self._stream:
+                self.plan.device.wait(stream, self._stream)
 
     def _columns(self, t: Tensor, count: int) -> _cudss.Matrix:
         return _cudss.Matrix.dense(self.plan.library, self.plan.n, count, t.data_ptr(), self.dtype)
