@@ -32,8 +32,6 @@ __all__ = ["Factorizer"]
 # Values further from symmetric than this share of the largest entry are not what the kind says.
 _ASYMMETRY = 1e-4
 
-_CPU = "cpu"
-
 # kind -> (name, permutation): orderings that need not be computed again
 Orderings = dict[str, tuple[str, np.ndarray]]
 
@@ -57,7 +55,7 @@ class Factorizer:
         self.keep_factor: bool = options["keep_factor"]
         self._kind: str = options["kind"]
         self.checks: bool = options["check"]
-        self._pools: dict[tuple[str, str], Pool] = {}  # (kind, device)
+        self._pools: dict[tuple[str, torch.device] | str, Pool] = {}  # kind, with a device other than the CPU
         self._pairs: dict[torch.device, Pairs] = {}
         self._held: NumericFactor | None = None
         mirror = {"spd": CONJUGATED, "hermitian": CONJUGATED, "symmetric": TRANSPOSED}.get(self._kind, NONE)
@@ -71,7 +69,7 @@ class Factorizer:
         return new
 
     def found_orderings(self) -> Orderings:
-        plans = {kind: pool.plan for (kind, _), pool in list(self._pools.items())}
+        plans = {kind: pool.plan for kind, pool in list(self._pools.items()) if isinstance(kind, str)}
         return self.orderings | {
             kind: (p.ordering, p.permutation) for kind, p in plans.items() if p.permutation is not None
         }
@@ -256,23 +254,26 @@ class Factorizer:
         return self.convention.matvec(values, x, adjoint)
 
     def _factorize(self, values: Tensor) -> NumericFactor:
+        device = None if values.is_cpu else values.device
         if self._kind != "auto":
-            return self._pool(self._kind, values.device).factorize(values, self.checks)
+            return self._pool(self._kind, device).factorize(values, self.checks)
         if self._looks_positive(values):
-            numeric = self._pool("spd", values.device).factorize(values, self.checks)
+            numeric = self._pool("spd", device).factorize(values, self.checks)
             if isinstance(numeric, DeviceFactor):
                 numeric.settle()
             if numeric.failures is None:
                 return numeric
             del numeric
-        return self._pool("general", values.device).factorize(values, self.checks)
+        return self._pool("general", device).factorize(values, self.checks)
 
-    def _pool(self, kind: str, device: torch.device) -> Pool:
-        """The pool that serves a kind other than "auto"; its plan comes from the plan cache or is analyzed now."""
-        key = kind, _CPU if device.type == "cpu" else str(device)
+    def _pool(self, kind: str, device: torch.device | None) -> Pool:
+        """The pool that serves a kind other than "auto"; its plan comes from the plan cache or is analyzed now. Without
+        a device: of the CPU."""
+        key = kind if device is None else (kind, device)
         pool = self._pools.get(key)
         if pool is None:
             start = perf_counter()
+            device = device or torch.device("cpu")
             engine = self._engine(device, kind)
             on_device = engine is cudss
             contributions = self._contributions(kind, on_device)
@@ -314,9 +315,10 @@ class Factorizer:
     # --- checks --------------------------------------------------------------------------------------------------
 
     def require_finite(self, name: str, t: Tensor) -> None:
-        t = plain(t.detach())
+        t = plain(t)
         if all_finite(t.data_ptr(), t.numel(), DTYPE_CODES[t.dtype]) if t.is_cpu else bool(torch.isfinite(t).all()):
             return
+        t = t.detach()
         first = tuple((~torch.isfinite(t)).nonzero()[0].tolist())
         raise ValueError(
             f"{name} must be finite, got {t[first].item()} at {name}{list(first)} "
@@ -407,11 +409,7 @@ class Factorizer:
                 f"{name} must have the dtype of values, {values.dtype}, got {b.dtype}; "
                 f"convert it: {name}.to(values.dtype)"
             )
-        if (
-            b.layout is not torch.strided
-            or b.is_cpu is not values.is_cpu
-            or (not b.is_cpu and b.device != values.device)
-        ):
+        if b.layout is not torch.strided or not (b.is_cpu if values.is_cpu else b.device == values.device):
             raise TypeError(
                 f"{name} must be a dense tensor on the device of values, got layout {b.layout} on {b.device}"
             )

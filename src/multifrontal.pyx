@@ -275,6 +275,23 @@ cdef class Team:
     cdef list idle        # of Workspace
     cdef list idle_solve  # of SolveWorkspace
 
+    cdef Workspace workspace(self, Storage storage):
+        """An idle one, or a new one."""
+        cdef list idle = self.idle[storage.dtype]
+        if idle:
+            return idle.pop()
+        return Workspace.make(
+            self.schedule.get(), storage.kernels.pack_size(storage.symbolic.plan.get().largest_front),
+            ITEMSIZE[storage.dtype], self.threads)
+
+    cdef SolveWorkspace solve_workspace(self, Storage storage):
+        """An idle one, or a new one."""
+        cdef list idle = self.idle_solve[storage.dtype]
+        if idle:
+            return idle.pop()
+        return SolveWorkspace.make(
+            storage.symbolic.plan.get(), storage.kernels.lanes * ITEMSIZE[storage.dtype], self.threads)
+
 
 cdef class Symbolic:
     """The plan: assembly tree, schedules, positions of the canonical entries. Immutable but for idle scratch memory.
@@ -384,22 +401,6 @@ cdef class Symbolic:
                 idle.clear()
 
 
-cdef list borrow(Team team, list idle, int count, Storage storage, bool solving):
-    """Workspaces of a team, idle ones first."""
-    cdef list found = []
-    cdef Plan* plan = storage.symbolic.plan.get()
-    cdef int64_t itemsize = ITEMSIZE[storage.dtype]
-    for _ in range(count):
-        if idle:
-            found.append(idle.pop())
-        elif solving:
-            found.append(SolveWorkspace.make(plan, storage.kernels.lanes * itemsize, team.threads))
-        else:
-            found.append(Workspace.make(
-                team.schedule.get(), storage.kernels.pack_size(plan.largest_front), itemsize, team.threads))
-    return found
-
-
 cdef class Storage:
     """The factors of one batch of values: panels of all supernodes, and one status per matrix."""
     cdef readonly Symbolic symbolic
@@ -442,11 +443,16 @@ cdef class Storage:
         if sharing == 1:
             team = self.symbolic.team(threads)
         cdef const Schedule* schedule = team.schedule.get()
-        cdef list idle = team.idle[self.dtype], workspaces = borrow(team, idle, sharing, self, False)
-        cdef vector[Scratch] scratch = (<Workspace> workspaces[0]).scratch
+        cdef list idle = team.idle[self.dtype]
+        cdef Workspace workspace = team.workspace(self)
+        cdef vector[Scratch] scratch
+        cdef list others = []
         cdef Batch batch
-        for w in workspaces[1:]:
-            scratch.push_back((<Workspace> w).scratch[0])
+        if sharing > 1:
+            others = [team.workspace(self) for _ in range(sharing - 1)]
+            scratch = workspace.scratch
+            for other in others:
+                scratch.push_back((<Workspace> other).scratch[0])
         batch.count, batch.begin, batch.begin_stride = self.batch, <const void*> values, nnz * itemsize
         batch.to, batch.to_stride = self.factor.data, size
         with nogil:
@@ -457,12 +463,13 @@ cdef class Storage:
                 for e in range(self.batch):
                     self.status[e] = c_factorize(
                         self.kernels[0], self.symbolic.tree, schedule[0], a[0],
-                        <const char*> values + e * nnz * itemsize, <char*> self.factor.data + e * size, scratch.data(),
-                        team.threads)
+                        <const char*> values + e * nnz * itemsize, <char*> self.factor.data + e * size,
+                        workspace.scratch.data(), team.threads)
             for e in range(self.batch):
                 failed |= self.status[e] != 0
         self.failed = failed
-        idle += workspaces
+        idle.append(workspace)
+        idle += others
 
     def failed_columns(self):
         """Per matrix -1, or the original index of the pivot that is not positive."""
@@ -488,12 +495,17 @@ cdef class Storage:
                     raise ValueError("factors names a matrix beyond the batch")
         cdef int sharing = Schedule.sharing_solves(count, count * width * plan.panel.back(), threads)
         cdef Team team = self.symbolic.team(1 if sharing > 1 else threads)
-        cdef list idle = team.idle_solve[self.dtype], workspaces = borrow(team, idle, sharing, self, True)
-        cdef vector[SolveScratch] scratch = (<SolveWorkspace> workspaces[0]).scratch
+        cdef list idle = team.idle_solve[self.dtype]
+        cdef SolveWorkspace workspace = team.solve_workspace(self)
+        cdef vector[SolveScratch] scratch
+        cdef list others = []
         cdef Batch batch
         cdef Factors chosen
-        for w in workspaces[1:]:
-            scratch.push_back((<SolveWorkspace> w).scratch[0])
+        if sharing > 1:
+            others = [team.solve_workspace(self) for _ in range(sharing - 1)]
+            scratch = workspace.scratch
+            for other in others:
+                scratch.push_back((<SolveWorkspace> other).scratch[0])
         batch.count, batch.begin, batch.begin_stride = count, <const void*> b, stride
         batch.to, batch.to_stride = <void*> x, stride
         chosen.count, chosen.stride, chosen.data = self.batch, size, self.factor.data
@@ -510,5 +522,6 @@ cdef class Storage:
                     else:
                         c_solve(self.kernels[0], self.symbolic.tree, team.schedule.get()[0],
                                 <const char*> self.factor.data + f * size, <const char*> b + p * stride,
-                                <char*> x + p * stride, width, scratch.data(), team.threads)
-        idle += workspaces
+                                <char*> x + p * stride, width, workspace.scratch.data(), team.threads)
+        idle.append(workspace)
+        idle += others

@@ -52,7 +52,7 @@ class OnFake(Factorizer):
         return self._find_on_device(plain(values.detach()), raising)
 
     def _engine(self, device, kind):
-        return engine_for("cuda", kind)
+        return engine_for("cpu" if self.options["cuda"] == "host" else "cuda", kind)
 
     def _looks_positive(self, values):
         tolerance = 16 * torch.finfo(values.dtype).eps
