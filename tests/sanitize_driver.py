@@ -156,6 +156,9 @@ def test_positive():
     for a, b in ((i[1:], i[:-1]), (i[:, 1:], i[:, :-1])):
         grid[a.ravel(), b.ravel()] = grid[b.ravel(), a.ravel()] = True
     positive(grid, levels[-1], "metis", np.float32, 1, (1,), threads=(1, 2, 4))
+    positive(
+        random_mask(50, 1.0, True), levels[-1], "natural", np.complex64, 300, (1,), threads=(3,)
+    )  # share the batch
 
 
 # --- KLU ------------------------------------------------------------------------------------------------------------------

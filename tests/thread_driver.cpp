@@ -52,6 +52,44 @@ Solution<T> run(const Plan& plan, const Assembly& assembly, const std::vector<T>
   return out;
 }
 
+// Twelve times the same matrix, by three threads.
+template <class T>
+bool share_a_batch(const Plan& plan, const Assembly& assembly, const std::vector<T>& values, Dtype dtype,
+                   const Solution<T>& one) {
+  constexpr int COUNT = 12, THREADS = 3;
+  const Kernels& kernels = *kernels_baseline(dtype);
+  const Schedule schedule(plan, 1);
+  const Tree tree = plan.tree();
+  const int64_t size = plan.panel.back(), width = int64_t(one.x.size()) / plan.n;
+  std::vector<T> many, factors(COUNT * size), b(COUNT * one.x.size(), T(1)), x(b.size());
+  for (int e = 0; e < COUNT; e++) many.insert(many.end(), values.begin(), values.end());
+  std::vector<int64_t> status(COUNT, 1);
+  std::vector<Scratch> scratch;
+  std::vector<SolveScratch> solve_scratch;
+  for (int t = 0; t < THREADS; t++) {
+    scratch.push_back({aligned<T>(schedule.own_size), aligned<T>(schedule.shared_size),
+                       aligned<T>(kernels.pack_size(plan.largest_front)), schedule.update.data()});
+    solve_scratch.push_back({aligned<T>(plan.n * kernels.lanes), aligned<T>(plan.row.back() * kernels.lanes),
+                             aligned<T>(plan.largest_front * kernels.lanes)});
+  }
+  const int64_t bytes = int64_t(sizeof(T));
+  factorize_batch(kernels, tree, schedule, assembly,
+                  {COUNT, many.data(), int64_t(values.size()) * bytes, factors.data(), size * bytes}, status.data(),
+                  scratch.data(), THREADS);
+  solve_batch(kernels, tree, schedule, {COUNT, size * bytes, factors.data(), status.data(), nullptr},
+              {COUNT, b.data(), plan.n * width * bytes, x.data(), plan.n * width * bytes}, width, solve_scratch.data(),
+              THREADS);
+  bool equal = true;
+  for (int e = 0; e < COUNT; e++)
+    equal &= !status[e] && Solution<T>{{factors.begin() + e * size, factors.begin() + (e + 1) * size},
+                                       {x.begin() + e * plan.n * width, x.begin() + (e + 1) * plan.n * width}} == one;
+  for (int t = 0; t < THREADS; t++) {
+    free(scratch[t].own), free(scratch[t].shared), free(scratch[t].pack);
+    free(solve_scratch[t].x), free(solve_scratch[t].passed), free(solve_scratch[t].front);
+  }
+  return equal;
+}
+
 // Nested dissection of the rectangle [x0, x1) x [y0, y1) of a grid: both halves, then the line between them.
 void dissect(int x0, int x1, int y0, int y1, int side, std::vector<int32_t>& perm) {
   if (x0 >= x1 || y0 >= y1) return;
@@ -90,7 +128,7 @@ bool check(int side, Dtype dtype) {
                      plan.position_of.data(), plan.supernodes, begin.data(), sorted.data(), target.data());
   const Assembly assembly{int64_t(indices.size()), plan.supernodes, 1.0, true, begin.data(), sorted.data(), target.data()};
   const Solution<T> one = run(plan, assembly, values, dtype, 1);
-  bool equal = true;
+  bool equal = share_a_batch(plan, assembly, values, dtype, one);
   for (int threads = 2; threads <= 4; threads++) equal &= run(plan, assembly, values, dtype, threads) == one;
   return equal;
 }

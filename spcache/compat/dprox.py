@@ -133,38 +133,29 @@ class _Recorded:
 # --- solvers: A maps vectors [N] to vectors, b is [N] ----------------------------------------------------------------
 
 
+def _from_zero(
+    name: str, A: Any, b: Tensor, x0: Tensor | None, max_iters: int, verbose: bool, method: Callable[..., Any]
+) -> Tensor:
+    """A method of `spcache.iterative`, that may have nothing to do, and does not go back to a finite x from NaN."""
+    if max_iters < 1:
+        return _report(name, torch.zeros_like(b) if x0 is None else x0, 0, verbose)
+    x, status = method(A, b, x0, maxiter=max_iters)
+    iterations = int(status.iterations)
+    if iterations < max_iters and not status.converged:
+        y = A(b)
+        if not y.isfinite().all():
+            x = (b - y) * torch.nan
+    return _report(name, x, iterations, verbose)
+
+
 def _cg(A: Any, b: Tensor, rtol: float, max_iters: int, verbose: bool, x0: Tensor | None = None) -> Tensor:
-    x, status = recorded.cg(A, b, x0, rtol=rtol, maxiter=max_iters)
-    return _report("cg", x, int(status.iterations), verbose)
+    return _from_zero("cg", A, b, x0, max_iters, verbose, partial(recorded.cg, rtol=rtol))
 
 
 def _minres(
     A: Any, b: Tensor, rtol: float, max_iters: int, verbose: bool, x0: Tensor | None = None, Minv: _Apply | None = None
 ) -> Tensor:
-    x, status = recorded.minres(A, b, x0, rtol=rtol, maxiter=max_iters, M=Minv)
-    return _report("minres", x, int(status.iterations), verbose)
-
-
-def _from_zero(name: str, method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A method of `spcache.iterative`, that may have nothing to do, and does not go back to a finite x from NaN."""
-
-    def solver(
-        A: Any, b: Tensor, rtol: float, max_iters: int, verbose: bool, x0: Tensor | None = None, **options: Any
-    ) -> Tensor:
-        if max_iters < 1:
-            return _report(name, torch.zeros_like(b) if x0 is None else x0, 0, verbose)
-        largest = torch.zeros_like(b[0].real)
-
-        def watched(v: Tensor) -> Tensor:
-            nonlocal largest
-            y = A(v)
-            largest = torch.maximum(largest, torch.linalg.vector_norm(y.detach(), torch.inf))
-            return y
-
-        x = method(watched, b, rtol, max_iters, verbose, x0, **options)
-        return x if largest.isfinite() else (b - A(x)) * torch.nan
-
-    return solver
+    return _from_zero("minres", A, b, x0, max_iters, verbose, partial(recorded.minres, rtol=rtol, M=Minv))
 
 
 def _cg2(A: Any, b: Tensor, rtol: float, max_iters: int, verbose: bool, x0: Tensor | None = None) -> Tensor:
@@ -279,10 +270,10 @@ def _report(name: str, x: Tensor, iterations: int, verbose: bool) -> Tensor:
 
 
 SOLVERS: dict[str, Callable[..., Tensor]] = {
-    "cg": _from_zero("cg", _cg),
+    "cg": _cg,
     "cg2": _cg2,
     "pcg": _pcg,
     "plss": _plss,
     "plssw": _plssw,
-    "minres": _from_zero("minres", _minres),
+    "minres": _minres,
 }
