@@ -83,7 +83,7 @@ def entries_of(A: Any, batched: bool = False) -> Entries:
         blocks = batch[0] if batch else None
         shape = (m, n) if blocks is None else (blocks * m, blocks * n)
         if A.layout is torch.sparse_coo:
-            A = A.coalesce()
+            A = A if A.is_coalesced() else A.coalesce()
             return Entries(shape, tuple(read(A, lambda A: A.indices().cpu().numpy())), None, A.values(), blocks)
         if A.layout in _COMPRESSED:
             compressed = _COMPRESSED[A.layout]

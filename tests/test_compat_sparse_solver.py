@@ -16,6 +16,8 @@ from spcache.compat.sparse_solver import SparseSolver
 
 EPS = torch.finfo(torch.float64).eps
 
+OLD = torch.__version__ < "2.8"
+
 
 class Graph:
     """I + the weighted Laplacian of a graph of random edges, as their minimal example has it."""
@@ -255,6 +257,7 @@ def test_what_is_not_real():
                 SparseSolver.apply(*arguments)
 
 
+@pytest.mark.skipif(OLD, reason="torch before 2.8 takes sparse tensors for dense ones inside of torch.func")
 def test_torch_func():
     """D: vmap over b, gradients in b and in what A is made of."""
     graph = Graph()
