@@ -66,6 +66,7 @@ cdef extern from "kernels/analysis.hpp" namespace "spcache" nogil:
         vector[int32_t] top
         vector[int64_t] update
         int64_t own_size, shared_size
+        int useful
         int sharing(int64_t, int)
         @staticmethod
         int sharing_solves(int64_t, int64_t, int)
@@ -271,7 +272,7 @@ cdef class SolveWorkspace:
 cdef class Team:
     """A schedule for a number of threads, and idle workspaces for it, a list per scalar type."""
     cdef unique_ptr[Schedule] schedule
-    cdef int threads      # that find work: no more than there are subtrees
+    cdef int threads      # that find work
     cdef list idle        # of Workspace
     cdef list idle_solve  # of SolveWorkspace
 
@@ -328,7 +329,7 @@ cdef class Symbolic:
             team.idle, team.idle_solve = [[], [], [], []], [[], [], [], []]
             with nogil:
                 team.schedule.reset(new Schedule(self.plan.get()[0], threads))
-            team.threads = min(threads, max(1, <int> team.schedule.get().subtrees.size()))
+            team.threads = team.schedule.get().useful
             team = self.teams.setdefault(threads, team)
         return team
 

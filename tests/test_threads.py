@@ -168,3 +168,37 @@ def test_orderings_in_several_threads():
             assert (system.stats.nnz_factor, system.stats.flops) == alone[k]
 
         in_threads(work, 4)
+
+
+def test_a_forked_child_makes_its_own_workers(run_python):
+    """Also while another thread of the parent is at work with the parent's."""
+    assert run_python(FORK).strip() == "5"
+
+
+FORK = """
+import os, threading, warnings
+import torch
+from spcache import SparseSystem
+warnings.simplefilter("ignore")
+n = 700  # one dense front, which threads share
+i, j = torch.tril_indices(n, n)
+indices, values = torch.stack([i, j]), torch.where(i == j, 2.0 * n, 1.0).double()
+b = torch.ones(n, dtype=torch.float64)
+def solve():
+    return SparseSystem(indices, n, kind="spd", triangle="lower", threads=3).solve(values, b)
+expected, stop = solve(), threading.Event()
+def work():
+    while not stop.is_set():
+        solve()
+busy = threading.Thread(target=work)
+busy.start()
+good = 0
+for _ in range(5):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(solve(), expected) else 1)
+    good += os.waitpid(child, 0)[1] == 0
+stop.set()
+busy.join()
+print(good)
+"""

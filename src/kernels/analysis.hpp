@@ -31,7 +31,7 @@ struct Plan {
 };
 
 // Who factors which supernodes, and where update matrices lie meanwhile. Disjoint subtrees are factored by whoever is
-// free; what is left above them comes last, on one thread. Inside a subtree, and above, update matrices live on two
+// free; what is left above them comes last, front by front, the large ones by all threads together. Inside a subtree, and above, update matrices live on two
 // stacks, those of even depth on one, of odd depth on the other, so that children never lie where their parent is
 // built. A subtree's root leaves its update matrix in memory of its own. The arithmetic does not depend on the schedule.
 struct Schedule {
@@ -41,6 +41,7 @@ struct Schedule {
   static int sharing_solves(int64_t solves, int64_t numbers, int threads);
 
   double total = 0;                   // work
+  int useful = 1;                     // threads that find some
   struct Range { int32_t begin, end; };
   std::vector<Range> subtrees;        // by decreasing work
   std::vector<int32_t> top;           // supernodes above them, ascending

@@ -15,6 +15,7 @@ namespace spcache {
 namespace {
 
 constexpr int TILE_VECTORS = 3;                  // vectors of rows in a full tile
+constexpr int64_t SHARE = 240;                   // rows of which a thread takes a multiple
 constexpr int64_t BLOCK = 128;                   // pivots eliminated before the rest of a large front is updated
 constexpr int64_t PACK_FROM = 160;               // rows of a front from which packing pays
 constexpr int64_t STRIP = 10;                    // packed tiles of rows that stay in the second-level cache
@@ -112,6 +113,24 @@ void update_small(const T* A, int64_t lda, int64_t rows, int64_t columns, int64_
   }
 }
 
+// The rows below a factored diagonal block: P[begin .. end, 0 .. k], given L in P[0 .. k, 0 .. k], as factor_panel does.
+template <class T>
+void solve_rows(T* P, int64_t k, int64_t ld, int64_t begin, int64_t end) {
+  Diagonal<T> diagonal;
+  for (int64_t j = 0; j < k; j += NB<T>) {
+    int nb = int(k - j < NB<T> ? k - j : NB<T>);
+    const T* D = P + j + j * ld;
+    for (int c = 0; c < nb; c++) {
+      diagonal.reciprocal[c] = real(D[c + c * ld]);
+      for (int i = c + 1; i < nb; i++) diagonal.lower[i][c] = D[i + c * ld];
+    }
+    for (int64_t i = begin; i < end; i += TILE_ROWS<T>) {
+      int64_t r = end - i < TILE_ROWS<T> ? end - i : TILE_ROWS<T>;
+      tile_any<T, true>(nb, P + i, ld, P + j, ld, j, P + i + j * ld, ld, r, false, &diagonal);
+    }
+  }
+}
+
 // Copies A[rows, depth] into tiles of `height` rows, contiguous over the depth, zero below the last row.
 template <class T>
 void pack(const T* A, int64_t lda, int64_t rows, int64_t depth, int64_t height, T* packed) {
@@ -132,21 +151,27 @@ struct Packed {
 };
 
 template <class T>
-Packed<T> pack_both(const T* A, int64_t lda, int64_t rows, int64_t depth, T* memory) {
-  pack(A, lda, rows, depth, TILE_ROWS<T>, memory);
-  T* columns = memory + (rows + TILE_ROWS<T> - 1) / TILE_ROWS<T> * TILE_ROWS<T> * depth;
-  pack(A, lda, rows, depth, NB<T>, columns);
-  return {memory, columns, rows, depth};
+Packed<T> packed_in(T* memory, int64_t rows, int64_t depth) {
+  return {memory, memory + (rows + TILE_ROWS<T> - 1) / TILE_ROWS<T> * TILE_ROWS<T> * depth, rows, depth};
 }
 
-// C[rows, columns] -= A * conj(A[0:columns])^T on and below the diagonal (and a little above, to keep tiles whole).
+// Rows begin .. end; begin is a multiple of SHARE.
 template <class T>
-void update_packed(const Packed<T>& A, int64_t columns, T* C, int64_t ldc, bool fresh) {
+void pack_both(const T* A, int64_t lda, int64_t begin, int64_t end, const Packed<T>& to) {
+  static_assert(SHARE % TILE_ROWS<T> == 0 && SHARE % NB<T> == 0);
+  pack(A + begin, lda, end - begin, to.depth, TILE_ROWS<T>, const_cast<T*>(to.rows) + begin * to.depth);
+  pack(A + begin, lda, end - begin, to.depth, NB<T>, const_cast<T*>(to.columns) + begin * to.depth);
+}
+
+// C[rows, begin .. end] -= A * conj(A[begin .. end])^T on and below the diagonal (and a little above, to keep tiles
+// whole); begin is a multiple of NB.
+template <class T>
+void update_packed(const Packed<T>& A, int64_t begin, int64_t end, T* C, int64_t ldc, bool fresh) {
   const int64_t height = TILE_ROWS<T>, strip = STRIP * height;
-  for (int64_t top = 0; top < A.count; top += strip) {
+  for (int64_t top = begin / strip * strip; top < A.count; top += strip) {
     int64_t bottom = top + strip < A.count ? top + strip : A.count;
-    for (int64_t j = 0; j < columns && j < bottom; j += NB<T>) {
-      int nr = int(columns - j < NB<T> ? columns - j : NB<T>);
+    for (int64_t j = begin; j < end && j < bottom; j += NB<T>) {
+      int nr = int(end - j < NB<T> ? end - j : NB<T>);
       int64_t i = j / height * height;
       for (i = i > top ? i : top; i < bottom; i += height) {
         int64_t r = A.count - i < height ? A.count - i : height;
@@ -237,11 +262,13 @@ int64_t factor_front(T* P, int64_t m, int64_t k, T* U, bool fresh, T* memory) {
     if (int64_t bad = factor_panel(P + J + J * m, m - J, kb, m)) return J + bad;
     if (!rest) break;
     if (next < k) {  // later columns of the panel
-      Packed<T> A = pack_both(P + next + J * m, m, rest, kb, memory);
-      update_packed(A, k - next, P + next + next * m, m, false);
+      const Packed<T> A = packed_in(memory, rest, kb);
+      pack_both(P + next + J * m, m, 0, rest, A);
+      update_packed(A, 0, k - next, P + next + next * m, m, false);
     }
-    Packed<T> A = pack_both(P + k + J * m, m, u, kb, memory);
-    update_packed(A, u, U, u, fresh && J == 0);
+    const Packed<T> A = packed_in(memory, u, kb);
+    pack_both(P + k + J * m, m, 0, u, A);
+    update_packed(A, 0, u, U, u, fresh && J == 0);
   }
   return 0;
 }

@@ -56,11 +56,26 @@ struct SolveScratch {
   void* front;   // [largest front] of one thread
 };
 
+// What threads that share a large front do, block of pivots by block of pivots, one part after the other.
+enum Part : int32_t {
+  PIVOTS,        // factors the diagonal block
+  ROWS,          // solves for rows begin .. end of the front, counted from the first pivot of the block
+  PACK_PANEL,    // packs rows begin .. end after the block
+  UPDATE_PANEL,  // updates the panel's columns begin .. end after the block
+  PACK_REST,     // the same for the update matrix
+  UPDATE_REST,
+};
+
 struct Kernels {
   // Factors the supernodes begin .. end of one matrix into `factor` [Tree::panel[supernodes]], their children being
   // factored. Returns 0, or 1 + the pivot number that is not positive.
   int64_t (*factorize)(const Tree&, const Assembly&, const void* values, void* factor, int32_t begin, int32_t end,
                        const Scratch&);
+  // The same for one front, in parts: first `assemble`, then `part` of each block from pivot J on. The bits are those of
+  // `factorize`. `part` returns 0, or for PIVOTS 1 + the column of the front whose pivot is not positive.
+  void (*assemble)(const Tree&, const Assembly&, const void* values, void* factor, int32_t s, const Scratch&);
+  int64_t (*part)(Part, const Tree&, void* factor, int32_t s, int64_t J, int64_t begin, int64_t end, const Scratch&);
+  int64_t block, share;  // pivots of a block; rows or columns of which begin is a multiple; 0: fronts are not shared
   // One phase of x = A^-1 b for supernodes begin .. end: forward (upwards in the tree, children first) or, when all
   // of the forward phase is done, backward (downwards, parents first). At most `lanes` right-hand sides.
   void (*solve)(const Tree&, const void* factor, const Rhs&, bool downwards, int32_t begin, int32_t end,

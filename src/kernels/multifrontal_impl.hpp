@@ -46,23 +46,58 @@ void extend_add(const Tree& t, int32_t c, const T* C, T* P, int64_t m, int64_t k
 }
 
 template <class T>
+T* update_of(const Scratch& scratch, int32_t s) {
+  const int64_t at = scratch.update[s];
+  return at < 0 ? static_cast<T*>(scratch.shared) + ~at : static_cast<T*>(scratch.own) + at;
+}
+
+// The front of one supernode.
+template <class T>
+struct Front {
+  int64_t k, u, m;
+  T *P, *U;
+  bool leaf;
+  Front(const Tree& t, void* factor, int32_t s, const Scratch& scratch)
+      : k(t.first[s + 1] - t.first[s]), u(t.row[s + 1] - t.row[s]), m(k + u), P(static_cast<T*>(factor) + t.panel[s]),
+        U(update_of<T>(scratch, s)), leaf(t.child[s] == t.child[s + 1]) {}
+};
+
+template <class T>
+void assemble(const Tree& t, const Assembly& a, const void* values, void* factor, int32_t s, const Scratch& scratch) {
+  const Front<T> f(t, factor, s, scratch);
+  memset(static_cast<void*>(f.P), 0, size_t(f.m * f.k) * sizeof(T));
+  if (!f.leaf) memset(static_cast<void*>(f.U), 0, size_t(f.u * f.u) * sizeof(T));
+  assemble(a, s, static_cast<const T*>(values), f.P);
+  for (int32_t e = t.child[s]; e < t.child[s + 1]; e++)
+    extend_add(t, t.children[e], update_of<T>(scratch, t.children[e]), f.P, f.m, f.k, f.U);
+}
+
+template <class T>
 int64_t factorize(const Tree& t, const Assembly& a, const void* values, void* factor, int32_t begin, int32_t end,
                   const Scratch& scratch) {
-  auto update_of = [&](int32_t s) {
-    const int64_t at = scratch.update[s];
-    return at < 0 ? static_cast<T*>(scratch.shared) + ~at : static_cast<T*>(scratch.own) + at;
-  };
   for (int32_t s = begin; s < end; s++) {
-    const int64_t k = t.first[s + 1] - t.first[s], u = t.row[s + 1] - t.row[s], m = k + u;
-    T* const P = static_cast<T*>(factor) + t.panel[s];
-    T* const U = update_of(s);
-    const bool leaf = t.child[s] == t.child[s + 1];
-    memset(static_cast<void*>(P), 0, size_t(m * k) * sizeof(T));
-    if (!leaf) memset(static_cast<void*>(U), 0, size_t(u * u) * sizeof(T));
-    assemble(a, s, static_cast<const T*>(values), P);
-    for (int32_t e = t.child[s]; e < t.child[s + 1]; e++)
-      extend_add(t, t.children[e], update_of(t.children[e]), P, m, k, U);
-    if (int64_t bad = factor_front(P, m, k, U, leaf, static_cast<T*>(scratch.pack))) return t.first[s] + bad;
+    assemble<T>(t, a, values, factor, s, scratch);
+    const Front<T> f(t, factor, s, scratch);
+    if (int64_t bad = factor_front(f.P, f.m, f.k, f.U, f.leaf, static_cast<T*>(scratch.pack))) return t.first[s] + bad;
+  }
+  return 0;
+}
+
+template <class T>
+int64_t part(Part what, const Tree& t, void* factor, int32_t s, int64_t J, int64_t begin, int64_t end,
+             const Scratch& scratch) {
+  const Front<T> f(t, factor, s, scratch);
+  const int64_t m = f.m, kb = f.k - J < BLOCK ? f.k - J : BLOCK, next = J + kb;
+  T* const block = f.P + J + J * m;
+  const bool panel = what == PACK_PANEL || what == UPDATE_PANEL;
+  const Packed<T> A = packed_in(static_cast<T*>(scratch.pack), panel ? m - next : f.u, kb);
+  switch (what) {
+    case PIVOTS: return factor_panel(block, kb, kb, m);
+    case ROWS: solve_rows(block, kb, m, begin, end); break;
+    case PACK_PANEL: pack_both(block + kb, m, begin, end, A); break;
+    case PACK_REST: pack_both(f.P + f.k + J * m, m, begin, end, A); break;
+    case UPDATE_PANEL: update_packed(A, begin, end, f.P + next + next * m, m, false); break;
+    case UPDATE_REST: update_packed(A, begin, end, f.U, f.u, f.leaf && J == 0); break;
   }
   return 0;
 }
@@ -241,7 +276,8 @@ int64_t pack_size(int64_t rows) {
 }
 
 template <class T>
-constexpr Kernels kernels_of = {factorize<T>, solve<T>, W<T>, pack_size<T>};
+constexpr Kernels kernels_of = {factorize<T>, assemble<T>, part<T>, BLOCK, W<T> == 1 ? 0 : SHARE, solve<T>, W<T>,
+                                pack_size<T>};
 
 const Kernels* choose(Dtype dtype) {
   switch (dtype) {

@@ -14,11 +14,15 @@ namespace {
 constexpr double PARALLEL_FROM = 4e6;          // units of `work_of`
 constexpr int64_t PARALLEL_SOLVE_FROM = 1 << 19;  // numbers in the factor
 
+constexpr int64_t SHARE_FROM = 480;  // rows of a front that threads share
+
 // Time of one front, in units of a multiply-add at full speed: elimination, assembly of the update matrix, overhead.
 double work_of(const Plan& p, int32_t s) {
   const double k = p.first[s + 1] - p.first[s], u = double(p.row[s + 1] - p.row[s]), m = k + u;
   return k * (m * m + m * u + u * u) / 3 + 16 * u * u + 2000;
 }
+
+int64_t rows_of(const Plan& p, int32_t s) { return p.first[s + 1] - p.first[s] + p.row[s + 1] - p.row[s]; }
 
 // Offsets on two stacks by parity of depth, for supernodes visited in postorder; see Schedule.
 class TwoStacks {
@@ -84,20 +88,22 @@ Schedule::Schedule(const Plan& plan, int threads) {
   snapshot();
   if (threads > 1 && total >= PARALLEL_FROM) {
     double above = 0, best = total;
-    for (int split = 0; split < 64 * threads && !largest.empty(); split++) {
+    for (int split = 0; split < 64 * threads; split++) {
       std::vector<double> load(threads, 0);
       for (auto copy = largest; !copy.empty(); copy.pop())  // by decreasing work to whoever is free first
         *std::min_element(load.begin(), load.end()) += copy.top().first;
       const double time = above + *std::max_element(load.begin(), load.end());
       if (time < 0.98 * best) { best = time; snapshot(); }
+      if (above > best || largest.empty()) break;
       const int32_t s = largest.top().second;
-      if (above > best) break;
       largest.pop();
-      above += work_of(plan, s);
+      above += work_of(plan, s) / (rows_of(plan, s) >= SHARE_FROM ? 0.8 * threads : 1);
       for (int32_t c = plan.child[s]; c < plan.child[s + 1]; c++)
         largest.emplace(work[plan.children[c]], plan.children[c]);
     }
   }
+
+  useful = std::max(1, std::min(threads, int(roots.size())));
 
   // Memory: each subtree on stacks of its thread, its root and what is above in memory that all threads see.
   std::vector<bool> below(count, false);
@@ -118,11 +124,43 @@ Schedule::Schedule(const Plan& plan, int threads) {
   for (int32_t s = 0; s < count; s++)
     if (!below[s]) {
       top.push_back(s);
+      useful = std::max(useful, rows_of(plan, s) >= SHARE_FROM ? threads : 1);
       update[s] = stacks.push(s, [&](int32_t c) { return !below[c]; });
     }
   for (int32_t s : top) update[s] = ~(shared_size + update[s] + (plan.depth[s] & 1 ? stacks.peak(0) : 0));
   shared_size += stacks.peak(0) + stacks.peak(1);
 }
+
+namespace {
+
+// One front, by all threads; returns as Kernels::factorize.
+int64_t factorize_together(const Kernels& kernels, const Tree& tree, const Assembly& assembly, const void* values,
+                           void* factor, int32_t s, const Scratch& scratch, int threads) {
+  const int64_t k = tree.first[s + 1] - tree.first[s], m = k + tree.row[s + 1] - tree.row[s], piece = kernels.share;
+  if (threads == 1 || !piece || m < SHARE_FROM) return kernels.factorize(tree, assembly, values, factor, s, s + 1, scratch);
+  kernels.assemble(tree, assembly, values, factor, s, scratch);
+  for (int64_t J = 0; J < k; J += kernels.block) {
+    const int64_t next = std::min(J + kernels.block, k);
+    auto together = [&](Part what, int64_t begin, int64_t end, int64_t size) {
+      share((end - begin + size - 1) / size, threads, [&](int64_t i, int) {
+        kernels.part(what, tree, factor, s, J, begin + i * size, std::min(begin + (i + 1) * size, end), scratch);
+      });
+    };
+    if (int64_t bad = kernels.part(PIVOTS, tree, factor, s, J, 0, 0, scratch)) return tree.first[s] + J + bad;
+    together(ROWS, next - J, m - J, piece);
+    if (next < k) {
+      together(PACK_PANEL, 0, m - next, piece);
+      together(UPDATE_PANEL, 0, k - next, piece / 5);
+    }
+    if (k < m) {
+      together(PACK_REST, 0, m - k, piece);
+      together(UPDATE_REST, 0, m - k, piece / 5);
+    }
+  }
+  return 0;
+}
+
+}  // namespace
 
 int64_t factorize(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const Assembly& assembly,
                   const void* values, void* factor, const Scratch* scratch, int threads) {
@@ -139,7 +177,7 @@ int64_t factorize(const Kernels& kernels, const Tree& tree, const Schedule& sche
   const int64_t failure = first_failure;
   for (int32_t s : schedule.top) {
     if (tree.first[s] >= failure) break;
-    if (int64_t bad = kernels.factorize(tree, assembly, values, factor, s, s + 1, scratch[0])) return bad;
+    if (int64_t bad = factorize_together(kernels, tree, assembly, values, factor, s, scratch[0], threads)) return bad;
   }
   return failure == INT64_MAX ? 0 : failure;
 }
