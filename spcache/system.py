@@ -51,7 +51,8 @@ class SparseSystem:
         check: refuse values and b that are not finite, values that are not of the kind, factorizations that cannot be
             trusted. False checks nothing: `Factor.info` has the status, x may be garbage, nothing is raised for it.
         cuda: how CUDA tensors are served. "cudss": on the device, by NVIDIA's cuDSS (`pip install spcache[cuda13]`, or
-            [cuda12]); values, factors and solutions stay there, and the host reads one status (check=False: none).
+            [cuda12]); values, factors and solutions stay there, and the host reads their status (with check=False
+            only kind "auto" reads anything).
             A batch is factorized and solved one matrix after the other, equal values are recognized where they lie in
             the memory of the last ones, and the column of an error is in cuDSS's numbering. "host": factorized and
             solved on the CPU, values and b copied there and x back in each call; needs no cuDSS.

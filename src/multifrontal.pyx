@@ -439,10 +439,10 @@ cdef class Storage:
         cdef bool failed = False
         if a.nnz != nnz or a.groups != plan.supernodes or threads < 1 or (values == 0 and nnz):
             raise ValueError("the assembly belongs to another plan, or the values have another length or no memory")
-        cdef Team team = self.symbolic.team(1)
-        cdef int sharing = team.schedule.get().sharing(self.batch, threads)  # the batch, or else each matrix
-        if sharing == 1:
-            team = self.symbolic.team(threads)
+        cdef int sharing = 1  # threads that share the batch; with one, `threads` share each matrix
+        if self.batch > 1 and threads > 1:
+            sharing = self.symbolic.team(1).schedule.get().sharing(self.batch, threads)
+        cdef Team team = self.symbolic.team(1 if sharing > 1 else threads)
         cdef const Schedule* schedule = team.schedule.get()
         cdef list idle = team.idle[self.dtype]
         cdef Workspace workspace = team.workspace(self)

@@ -16,7 +16,7 @@ from spcache.compat.sparse_solver import SparseSolver
 
 EPS = torch.finfo(torch.float64).eps
 
-OLD = torch.__version__ < "2.8"
+OLD = torch.__version__ < "2.11"
 
 
 class Graph:
@@ -257,7 +257,7 @@ def test_what_is_not_real():
                 SparseSolver.apply(*arguments)
 
 
-@pytest.mark.skipif(OLD, reason="torch before 2.8 takes sparse tensors for dense ones inside of torch.func")
+@pytest.mark.skipif(OLD, reason="torch 2.6 takes sparse tensors for dense ones inside of torch.func")
 def test_torch_func():
     """D: vmap over b, gradients in b and in what A is made of."""
     graph = Graph()

@@ -46,7 +46,7 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], *
 every_index = pytest.mark.parametrize("index", [torch.int32, torch.int64], **short)
 every_batch = pytest.mark.parametrize("batch", [(), (3,)], ids=["single", "batch"])
 
-OLD = torch.__version__ < "2.8"
+OLD = torch.__version__ < "2.11"
 
 
 def half(*shape, dtype=torch.float64):
@@ -439,7 +439,7 @@ def test_generic_solve_of_complex_numbers():
     assert gradcheck(f, (values, B)) and gradgradcheck(f, (values, B))
 
 
-@pytest.mark.skipif(OLD, reason="torch before 2.8 takes sparse tensors for dense ones inside of torch.func")
+@pytest.mark.skipif(OLD, reason="torch 2.6 takes sparse tensors for dense ones inside of torch.func")
 def test_generic_solve_in_torch_func():
     A, B = sparse(well(4), "coo"), torch.randn(3, 4).double()
     gradient = torch.func.grad(lambda b: sparse_generic_solve(A, b, dense_solve).pow(2).sum() / 2)

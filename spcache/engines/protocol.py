@@ -1,4 +1,5 @@
-"""What an engine must offer. `tests/test_engines.py` checks every engine of the table against this page.
+"""What an engine of the CPU must offer. `tests/test_engines.py` checks each of them against this page; that of CUDA
+(cudss.py) has the same objects, and takes tensors where these take addresses.
 
 An engine is a module with a function `analyze`, which makes a `SymbolicFactor` of one canonical structure. The
 symbolic factor lends itself to any number of `Storage`s, each of which holds the factors of one batch of values.
