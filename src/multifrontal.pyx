@@ -21,8 +21,25 @@ from metis cimport (
 import numpy
 
 
-cdef extern from "stdlib.h" nogil:
-    void* aligned_alloc(size_t alignment, size_t size)
+cdef extern from *:
+    """
+    #include <stdlib.h>
+    #if defined(__linux__)
+    #include <sys/mman.h>
+    #endif
+    // Large blocks in huge pages, where the system has them for who asks: a solve reads all of a factor once, and finds
+    // a page's address more slowly than what is in it.
+    static void* allocate(size_t size) {
+      const size_t huge = size_t(1) << 21;
+      if (size < 4 * huge) return aligned_alloc(64, size);
+      void* memory = aligned_alloc(huge, (size + huge - 1) / huge * huge);
+    #if defined(MADV_HUGEPAGE)
+      if (memory) madvise(memory, size, MADV_HUGEPAGE);
+    #endif
+      return memory;
+    }
+    """
+    void* allocate(size_t size) nogil
 
 cdef extern from "kernels/multifrontal.hpp" namespace "spcache" nogil:
     ctypedef int Dtype
@@ -35,10 +52,6 @@ cdef extern from "kernels/multifrontal.hpp" namespace "spcache" nogil:
         void* shared
         void* pack
         const int64_t* update
-    cdef struct SolveScratch:
-        void* x
-        void* passed
-        void* front
     cdef struct Kernels:
         int32_t lanes
         int64_t (*pack_size)(int64_t) noexcept nogil
@@ -83,12 +96,11 @@ cdef extern from "kernels/analysis.hpp" namespace "spcache" nogil:
         const int64_t* select
     void factorize_batch(const Kernels&, const Tree&, const Schedule&, const CAssembly&, const Batch&, int64_t*,
                          const Scratch*, int)
-    void solve_batch(const Kernels&, const Tree&, const Schedule&, const Factors&, const Batch&, int64_t,
-                     const SolveScratch*, int)
+    void solve_batch(const Kernels&, const Tree&, const Schedule&, const Factors&, const Batch&, int64_t, void**, int)
     int64_t c_factorize "spcache::factorize"(const Kernels&, const Tree&, const Schedule&, const CAssembly&, const void*,
                                              void*, const Scratch*, int)
     void c_solve "spcache::solve"(const Kernels&, const Tree&, const Schedule&, const void*, const void*, void*, int64_t,
-                                  const SolveScratch*, int)
+                                  void*, int)
     Prediction c_predict "spcache::predict"(int32_t, const int64_t*, const int32_t*, const int32_t*) except +
     void adjacency(int32_t, const int64_t*, const int32_t*, vector[int32_t]&, vector[int32_t]&) except +
 
@@ -217,7 +229,7 @@ cdef class Memory:
 
     def __cinit__(self, int64_t nbytes):
         self.nbytes = (nbytes + 63) // 64 * 64 + 64
-        self.data = aligned_alloc(64, self.nbytes)
+        self.data = allocate(self.nbytes)
         if self.data == NULL:
             raise MemoryError(f"cannot allocate {nbytes} bytes for a factor")
 
@@ -247,34 +259,12 @@ cdef class Workspace:
         return new
 
 
-cdef class SolveWorkspace:
-    """Scratch memory of one solve: right-hand sides, and one front for each thread."""
-    cdef Memory memory
-    cdef vector[SolveScratch] scratch  # [threads]
-
-    @staticmethod
-    cdef SolveWorkspace make(Plan* plan, int64_t lanes_size, int threads):
-        cdef SolveWorkspace new = SolveWorkspace()
-        # Each part begins at a multiple of 64 bytes, so that threads do not share a cache line.
-        cdef int64_t x = (plan.n * lanes_size + 63) // 64 * 64, passed = (plan.row.back() * lanes_size + 63) // 64 * 64
-        cdef int64_t front = (plan.largest_front * lanes_size + 63) // 64 * 64
-        cdef SolveScratch scratch
-        cdef int t
-        new.memory = Memory(x + passed + threads * front)
-        for t in range(threads):
-            scratch.x = new.memory.data
-            scratch.passed = <char*> new.memory.data + x
-            scratch.front = <char*> new.memory.data + x + passed + t * front
-            new.scratch.push_back(scratch)
-        return new
-
-
 cdef class Team:
     """A schedule for a number of threads, and idle workspaces for it, a list per scalar type."""
     cdef unique_ptr[Schedule] schedule
     cdef int threads      # that find work
     cdef list idle        # of Workspace
-    cdef list idle_solve  # of SolveWorkspace
+    cdef list idle_solve  # of Memory, see Kernels::solve
 
     cdef Workspace workspace(self, Storage storage):
         """An idle one, or a new one."""
@@ -285,13 +275,13 @@ cdef class Team:
             self.schedule.get(), storage.kernels.pack_size(storage.symbolic.plan.get().largest_front),
             ITEMSIZE[storage.dtype], self.threads)
 
-    cdef SolveWorkspace solve_workspace(self, Storage storage):
+    cdef Memory solve_workspace(self, Storage storage):
         """An idle one, or a new one."""
         cdef list idle = self.idle_solve[storage.dtype]
+        cdef const Plan* plan = storage.symbolic.plan.get()
         if idle:
             return idle.pop()
-        return SolveWorkspace.make(
-            storage.symbolic.plan.get(), storage.kernels.lanes * ITEMSIZE[storage.dtype], self.threads)
+        return Memory((plan.n + plan.row.back()) * storage.kernels.lanes * ITEMSIZE[storage.dtype])
 
 
 cdef class Symbolic:
@@ -362,7 +352,7 @@ cdef class Symbolic:
             for idle in team.idle:
                 total += sum([(<Workspace> workspace).nbytes for workspace in list(idle)])
             for idle in team.idle_solve:
-                total += sum([(<SolveWorkspace> workspace).memory.nbytes for workspace in list(idle)])
+                total += sum([(<Memory> memory).nbytes for memory in list(idle)])
         return total
 
     @property
@@ -497,16 +487,15 @@ cdef class Storage:
         cdef int sharing = Schedule.sharing_solves(count, count * width * plan.panel.back(), threads)
         cdef Team team = self.symbolic.team(1 if sharing > 1 else threads)
         cdef list idle = team.idle_solve[self.dtype]
-        cdef SolveWorkspace workspace = team.solve_workspace(self)
-        cdef vector[SolveScratch] scratch
+        cdef Memory local = team.solve_workspace(self)
+        cdef vector[void*] locals
         cdef list others = []
         cdef Batch batch
         cdef Factors chosen
         if sharing > 1:
             others = [team.solve_workspace(self) for _ in range(sharing - 1)]
-            scratch = workspace.scratch
-            for other in others:
-                scratch.push_back((<SolveWorkspace> other).scratch[0])
+        for other in [local, *others]:
+            locals.push_back((<Memory> other).data)
         batch.count, batch.begin, batch.begin_stride = count, <const void*> b, stride
         batch.to, batch.to_stride = <void*> x, stride
         chosen.count, chosen.stride, chosen.data = self.batch, size, self.factor.data
@@ -514,7 +503,7 @@ cdef class Storage:
         with nogil:
             if sharing > 1:
                 solve_batch(self.kernels[0], self.symbolic.tree, team.schedule.get()[0], chosen, batch, width,
-                            scratch.data(), sharing)
+                            locals.data(), sharing)
             else:
                 for p in range(count):
                     f = select[p] if select != NULL else (p if self.batch != 1 else 0)
@@ -523,6 +512,6 @@ cdef class Storage:
                     else:
                         c_solve(self.kernels[0], self.symbolic.tree, team.schedule.get()[0],
                                 <const char*> self.factor.data + f * size, <const char*> b + p * stride,
-                                <char*> x + p * stride, width, workspace.scratch.data(), team.threads)
-        idle.append(workspace)
+                                <char*> x + p * stride, width, local.data, team.threads)
+        idle.append(local)
         idle += others

@@ -35,19 +35,15 @@ Solution<T> run(const Plan& plan, const Assembly& assembly, const std::vector<T>
   const Tree tree = plan.tree();
   Solution<T> out{std::vector<T>(plan.panel.back()), std::vector<T>(3 * plan.n)};
   std::vector<Scratch> scratch;
-  std::vector<SolveScratch> solve_scratch;
-  T* shared = aligned<T>(schedule.shared_size);
-  T *x = aligned<T>(plan.n * kernels.lanes), *passed = aligned<T>(plan.row.back() * kernels.lanes);
-  for (int t = 0; t < threads; t++) {
+  T *shared = aligned<T>(schedule.shared_size), *local = aligned<T>((plan.n + plan.row.back()) * kernels.lanes);
+  for (int t = 0; t < threads; t++)
     scratch.push_back({aligned<T>(schedule.own_size), shared, aligned<T>(kernels.pack_size(plan.largest_front)),
                        schedule.update.data()});
-    solve_scratch.push_back({x, passed, aligned<T>(plan.largest_front * kernels.lanes)});
-  }
   if (factorize(kernels, tree, schedule, assembly, values.data(), out.factor.data(), scratch.data(), threads)) abort();
   const std::vector<T> b(3 * plan.n, T(1));
-  solve(kernels, tree, schedule, out.factor.data(), b.data(), out.x.data(), 3, solve_scratch.data(), threads);
-  for (int t = 0; t < threads; t++) free(scratch[t].own), free(scratch[t].pack), free(solve_scratch[t].front);
-  free(shared), free(x), free(passed);
+  solve(kernels, tree, schedule, out.factor.data(), b.data(), out.x.data(), 3, local, threads);
+  for (int t = 0; t < threads; t++) free(scratch[t].own), free(scratch[t].pack);
+  free(shared), free(local);
   std::printf("%d threads: %zu subtrees, %zu fronts above\n", threads, schedule.subtrees.size(), schedule.top.size());
   return out;
 }
@@ -65,28 +61,23 @@ bool share_a_batch(const Plan& plan, const Assembly& assembly, const std::vector
   for (int e = 0; e < COUNT; e++) many.insert(many.end(), values.begin(), values.end());
   std::vector<int64_t> status(COUNT, 1);
   std::vector<Scratch> scratch;
-  std::vector<SolveScratch> solve_scratch;
+  std::vector<void*> local;
   for (int t = 0; t < THREADS; t++) {
     scratch.push_back({aligned<T>(schedule.own_size), aligned<T>(schedule.shared_size),
                        aligned<T>(kernels.pack_size(plan.largest_front)), schedule.update.data()});
-    solve_scratch.push_back({aligned<T>(plan.n * kernels.lanes), aligned<T>(plan.row.back() * kernels.lanes),
-                             aligned<T>(plan.largest_front * kernels.lanes)});
+    local.push_back(aligned<T>((plan.n + plan.row.back()) * kernels.lanes));
   }
   const int64_t bytes = int64_t(sizeof(T));
   factorize_batch(kernels, tree, schedule, assembly,
                   {COUNT, many.data(), int64_t(values.size()) * bytes, factors.data(), size * bytes}, status.data(),
                   scratch.data(), THREADS);
   solve_batch(kernels, tree, schedule, {COUNT, size * bytes, factors.data(), status.data(), nullptr},
-              {COUNT, b.data(), plan.n * width * bytes, x.data(), plan.n * width * bytes}, width, solve_scratch.data(),
-              THREADS);
+              {COUNT, b.data(), plan.n * width * bytes, x.data(), plan.n * width * bytes}, width, local.data(), THREADS);
   bool equal = true;
   for (int e = 0; e < COUNT; e++)
     equal &= !status[e] && Solution<T>{{factors.begin() + e * size, factors.begin() + (e + 1) * size},
                                        {x.begin() + e * plan.n * width, x.begin() + (e + 1) * plan.n * width}} == one;
-  for (int t = 0; t < THREADS; t++) {
-    free(scratch[t].own), free(scratch[t].shared), free(scratch[t].pack);
-    free(solve_scratch[t].x), free(solve_scratch[t].passed), free(solve_scratch[t].front);
-  }
+  for (int t = 0; t < THREADS; t++) free(scratch[t].own), free(scratch[t].shared), free(scratch[t].pack), free(local[t]);
   return equal;
 }
 

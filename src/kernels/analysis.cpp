@@ -132,7 +132,7 @@ double trapezoid(double k, double m) { return k * m - k * (k - 1) / 2; }
 // number than by their size; the shares were measured on meshes and elasticity (benchmarks/).
 bool worthwhile(double k, double zeros, double total) {
   double share = zeros / total;
-  return (k <= 6 && share < 0.5) || (k <= 12 && share < 0.3) || (k <= 32 && share < 0.1) || share < 0.03;
+  return (k <= 8 && share < 0.7) || (k <= 16 && share < 0.4) || (k <= 32 && share < 0.2) || share < 0.03;
 }
 
 // Mean length from which stretches of rows are added as vectors; shorter ones go one number at a time, because a vector
@@ -387,7 +387,7 @@ Plan::Plan(int32_t n_, const int64_t* indptr, const int32_t* indices, const int3
 
 Tree Plan::tree() const {
   return {n,           supernodes,    perm.data(),  first.data(),    row.data(), rows.data(),
-          panel.data(), child.data(), children.data(), relative.data(), run.data(), runs.data()};
+          panel.data(), child.data(), children.data(), parent.data(), relative.data(), run.data(), runs.data()};
 }
 
 int64_t Plan::nbytes() const {

@@ -53,9 +53,9 @@ struct Schedule {
 int64_t factorize(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const Assembly& assembly,
                   const void* values, void* factor, const Scratch* scratch, int threads);
 
-// x = A^-1 b for `width` right-hand sides on up to `threads` threads; scratch is [threads], its x and passed shared.
+// x = A^-1 b for `width` right-hand sides on up to `threads` threads; for `local` see Kernels::solve.
 void solve(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const void* factor, const void* b, void* x,
-           int64_t width, const SolveScratch* scratch, int threads);
+           int64_t width, void* local, int threads);
 
 // So many matrices, or right-hand sides, that lie one after the other.
 struct Batch {
@@ -74,12 +74,12 @@ struct Factors {
   const int64_t* select;
 };
 
-// The same for a batch that threads share, each matrix being one thread's. The schedule is that of one thread, scratch
-// [threads] with nothing shared.
+// The same for a batch that threads share, each matrix being one thread's. The schedule is that of one thread, scratch and
+// local are [threads] with nothing shared.
 void factorize_batch(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const Assembly& assembly,
                      const Batch& batch, int64_t* status, const Scratch* scratch, int threads);
 void solve_batch(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const Factors& factors,
-                 const Batch& batch, int64_t width, const SolveScratch* scratch, int threads);
+                 const Batch& batch, int64_t width, void* const* local, int threads);
 
 // Both take the lower triangle of the structure (the diagonal may be missing); perm[k] is the original index of pivot k.
 Prediction predict(int32_t n, const int64_t* indptr, const int32_t* indices, const int32_t* perm);

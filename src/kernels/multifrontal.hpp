@@ -28,6 +28,7 @@ struct Tree {
   const int64_t* panel;     // [supernodes + 1] offset of the panel in factor storage
   const int32_t* child;     // [supernodes + 1] into children
   const int32_t* children;  // [child[supernodes]]
+  const int32_t* parent;    // [supernodes]     roots have -1
   const int32_t* relative;  // [row[supernodes]] the same rows as rows of the parent's front
   const int64_t* run;       // [supernodes + 1] into runs
   const Run* runs;          // [run[supernodes]] the same as stretches, listed where these are long
@@ -47,13 +48,6 @@ struct Rhs {
   const void* b;
   void* x;
   int64_t width, offset, count;
-};
-
-// Scratch memory of a solve, in units of `lanes` elements, aligned to 64 bytes.
-struct SolveScratch {
-  void* x;       // [n] the right-hand sides, then the solutions, by pivots
-  void* passed;  // [Tree::row[supernodes]] what fronts pass to their parents
-  void* front;   // [largest front] of one thread
 };
 
 // What threads that share a large front do, block of pivots by block of pivots, one part after the other.
@@ -77,9 +71,9 @@ struct Kernels {
   int64_t (*part)(Part, const Tree&, void* factor, int32_t s, int64_t J, int64_t begin, int64_t end, const Scratch&);
   int64_t block, share;  // pivots of a block; rows or columns of which begin is a multiple; 0: fronts are not shared
   // One phase of x = A^-1 b for supernodes begin .. end: forward (upwards in the tree, children first) or, when all
-  // of the forward phase is done, backward (downwards, parents first). At most `lanes` right-hand sides.
-  void (*solve)(const Tree&, const void* factor, const Rhs&, bool downwards, int32_t begin, int32_t end,
-                const SolveScratch&);
+  // of the forward phase is done, backward (downwards, parents first). At most `lanes` right-hand sides; `local` is
+  // scratch memory, lanes * (n + Tree::row[supernodes]) elements aligned to 64 bytes, that threads share.
+  void (*solve)(const Tree&, const void* factor, const Rhs&, bool downwards, int32_t begin, int32_t end, void* local);
   int32_t lanes;                             // right-hand sides that `solve` takes at once
   int64_t (*pack_size)(int64_t largest_front);  // elements of Scratch::pack
 };

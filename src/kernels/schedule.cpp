@@ -191,7 +191,7 @@ void factorize_batch(const Kernels& kernels, const Tree& tree, const Schedule& s
 }
 
 void solve_batch(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const Factors& factors,
-                 const Batch& batch, int64_t width, const SolveScratch* scratch, int threads) {
+                 const Batch& batch, int64_t width, void* const* local, int threads) {
   share(batch.count, threads, [&](int64_t p, int thread) {
     const int64_t f = factors.select ? factors.select[p] : factors.count == 1 ? 0 : p;
     char* x = static_cast<char*>(batch.to) + p * batch.to_stride;
@@ -199,27 +199,27 @@ void solve_batch(const Kernels& kernels, const Tree& tree, const Schedule& sched
       memset(x, 0xff, size_t(batch.to_stride));  // a NaN in every scalar type
     else
       solve(kernels, tree, schedule, static_cast<const char*>(factors.data) + f * factors.stride,
-            static_cast<const char*>(batch.from) + p * batch.from_stride, x, width, scratch + thread, 1);
+            static_cast<const char*>(batch.from) + p * batch.from_stride, x, width, local[thread], 1);
   });
 }
 
 void solve(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const void* factor, const void* b, void* x,
-           int64_t width, const SolveScratch* scratch, int threads) {
+           int64_t width, void* local, int threads) {
   const int count = int(schedule.subtrees.size());
   if (tree.panel[tree.supernodes] < PARALLEL_SOLVE_FROM) threads = 1;
   Rhs rhs{b, x, width, 0, 0};
   for (; rhs.offset < width; rhs.offset += rhs.count) {
     rhs.count = std::min<int64_t>(width - rhs.offset, kernels.lanes);
     auto subtrees = [&](bool downwards) {
-      share(count, threads, [&](int i, int thread) {
+      share(count, threads, [&](int i, int) {
         const auto [begin, end] = schedule.subtrees[i];
-        kernels.solve(tree, factor, rhs, downwards, begin, end, scratch[thread]);
+        kernels.solve(tree, factor, rhs, downwards, begin, end, local);
       });
     };
     subtrees(false);
-    for (int32_t s : schedule.top) kernels.solve(tree, factor, rhs, false, s, s + 1, scratch[0]);
+    for (int32_t s : schedule.top) kernels.solve(tree, factor, rhs, false, s, s + 1, local);
     for (auto s = schedule.top.rbegin(); s != schedule.top.rend(); ++s)
-      kernels.solve(tree, factor, rhs, true, *s, *s + 1, scratch[0]);
+      kernels.solve(tree, factor, rhs, true, *s, *s + 1, local);
     subtrees(true);
   }
 }

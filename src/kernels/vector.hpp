@@ -4,7 +4,11 @@
 
 #include "numbers.hpp"
 #if defined(__AVX512F__) || defined(__AVX2__)
+// GCC takes what its own headers leave undefined on purpose for a mistake.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 namespace spcache {
@@ -72,7 +76,7 @@ template <class T> inline void store_part(T* p, V<T> v, int count) {
 template <class R> inline Complex<R> load_part(const Complex<R>* p, int) { return *p; }
 template <class R> inline void store_part(Complex<R>* p, Complex<R> v, int) { *p = v; }
 
-template <class T> inline T sum(V<T> v) {
+template <class T> inline __attribute__((always_inline)) T sum(V<T> v) {
   if constexpr (W<T> == 1) {
     return v;
   } else {
@@ -81,6 +85,27 @@ template <class T> inline T sum(V<T> v) {
     return total;
   }
 }
+// The sums of C vectors.
+template <class T, int C> inline __attribute__((always_inline)) void sums(const V<T> (&v)[C], T* out) {
+  for (int c = 0; c < C; c++) out[c] = sum<T>(v[c]);
+}
+#if defined(__AVX512F__)
+template <> inline __attribute__((always_inline)) double sum<double>(V<double> v) { return _mm512_reduce_add_pd((__m512d)v); }
+template <> inline __attribute__((always_inline)) float sum<float>(V<float> v) { return _mm512_reduce_add_ps((__m512)v); }
+inline __attribute__((always_inline)) __m256d halves(V<double> v) {
+  return _mm512_castpd512_pd256((__m512d)v) + _mm512_extractf64x4_pd((__m512d)v, 1);
+}
+template <> inline __attribute__((always_inline)) void sums<double, 4>(const V<double> (&v)[4], double* out) {
+  const __m256d a = _mm256_hadd_pd(halves(v[0]), halves(v[1])), b = _mm256_hadd_pd(halves(v[2]), halves(v[3]));
+  const __m256d s = _mm256_permute2f128_pd(a, b, 0x20) + _mm256_permute2f128_pd(a, b, 0x31);
+  memcpy(out, &s, sizeof s);
+}
+template <> inline __attribute__((always_inline)) void sums<double, 2>(const V<double> (&v)[2], double* out) {
+  const __m256d a = _mm256_hadd_pd(halves(v[0]), halves(v[1]));
+  const __m128d s = _mm256_castpd256_pd128(a) + _mm256_extractf128_pd(a, 1);
+  memcpy(out, &s, sizeof s);
+}
+#endif
 
 }  // namespace
 }  // namespace spcache

@@ -1,0 +1,288 @@
+// Solves with the factor of a tree: x = A^-1 b, for a vector of right-hand sides or for one.
+//
+// Every front keeps its own rows of the right-hand side, pivots first, one after the other in the order of the fronts.
+// Forward, a front adds what its children left for its rows; backward, it reads the solution of the rows below its pivots
+// from its parent. So fronts of different subtrees share nothing, and no order of them changes the result.
+#pragma once
+#include "dense.hpp"
+#include "multifrontal.hpp"
+
+namespace spcache {
+namespace {
+
+// --- one right-hand side of real numbers: vectors run along the rows ---
+
+// Columns P[0 .. m, 0 .. C], the first C rows being the pivots: y = L11^-1 y, then w[below] -= L21 y.
+template <class T, int C>
+inline void forward_columns(const T* P, int64_t m, int64_t ld, T* w) {
+  T y[C];
+  V<T> v[C];
+  UNROLL for (int c = 0; c < C; c++) {
+    y[c] = w[c];
+    UNROLL for (int p = 0; p < c; p++) y[c] -= P[c + p * ld] * y[p];
+    y[c] *= P[c + c * ld];
+    w[c] = y[c];
+    v[c] = broadcast(y[c]);
+  }
+  auto update = [&](auto load, int64_t i) __attribute__((always_inline)) {
+    V<T> x = load(w + i);
+    UNROLL for (int c = 0; c < C; c++) x -= load(P + i + c * ld) * v[c];
+    return x;
+  };
+  int64_t i = C;
+  for (; i + W<T> <= m; i += W<T>) store(w + i, update([](const T* p) { return load(p); }, i));
+  if (i < m) {
+    const int rest = int(m - i);
+    store_part(w + i, update([=](const T* p) { return load_part(p, rest); }, i), rest);
+  }
+}
+
+// The same columns backward: y = L11^-H (y - L21^H w[below]).
+template <class T, int C>
+inline void backward_columns(const T* P, int64_t m, int64_t ld, T* w) {
+  V<T> total[C];
+  UNROLL for (int c = 0; c < C; c++) total[c] = broadcast(T(0));
+  int64_t i = C;
+  for (; i + W<T> <= m; i += W<T>) {
+    const V<T> x = load(w + i);
+    UNROLL for (int c = 0; c < C; c++) total[c] += load(P + i + c * ld) * x;
+  }
+  if (i < m) {
+    const int rest = int(m - i);
+    const V<T> x = load_part(w + i, rest);
+    UNROLL for (int c = 0; c < C; c++) total[c] += load_part(P + i + c * ld, rest) * x;
+  }
+  T y[C];
+  sums<T>(total, y);
+  UNROLL for (int c = C - 1; c >= 0; c--) {
+    y[c] = w[c] - y[c];
+    UNROLL for (int p = C - 1; p > c; p--) y[c] -= P[p + c * ld] * y[p];
+    y[c] *= P[c + c * ld];
+    w[c] = y[c];
+  }
+}
+
+template <class T>
+void forward_one(const T* P, int64_t m, int64_t k, T* w) {
+  const int64_t ld = m;
+  for (; k > 4; k -= 4, m -= 4, P += 4 + 4 * ld, w += 4) forward_columns<T, 4>(P, m, ld, w);
+  switch (k) {
+    case 1: return forward_columns<T, 1>(P, m, ld, w);
+    case 2: return forward_columns<T, 2>(P, m, ld, w);
+    case 3: return forward_columns<T, 3>(P, m, ld, w);
+    default: return forward_columns<T, 4>(P, m, ld, w);
+  }
+}
+
+template <class T>
+void backward_one(const T* P, int64_t m, int64_t k, T* w) {
+  int64_t j = (k - 1) / 4 * 4;
+  auto at = [=](int64_t j) { return P + j + j * m; };
+  switch (k - j) {
+    case 1: backward_columns<T, 1>(at(j), m - j, m, w + j); break;
+    case 2: backward_columns<T, 2>(at(j), m - j, m, w + j); break;
+    case 3: backward_columns<T, 3>(at(j), m - j, m, w + j); break;
+    default: backward_columns<T, 4>(at(j), m - j, m, w + j);
+  }
+  for (j -= 4; j >= 0; j -= 4) backward_columns<T, 4>(at(j), m - j, m, w + j);
+}
+
+// --- N vectors of right-hand sides (complex numbers: N numbers): vectors run along the right-hand sides ---
+
+// w[0 .. R] -= L[0 .. R, 0 .. depth] y
+template <class T, int N, int R>
+inline void subtract_rows(const T* L, int64_t ld, int64_t depth, const V<T>* y, V<T>* w) {
+  V<T> total[R][N];
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int v = 0; v < N; v++) total[r][v] = w[r * N + v];
+  for (int64_t p = 0; p < depth; p++, L += ld, y += N)
+    UNROLL for (int r = 0; r < R; r++) {
+      const V<T> l = broadcast(L[r]);
+      UNROLL for (int v = 0; v < N; v++) total[r][v] -= l * y[v];
+    }
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int v = 0; v < N; v++) w[r * N + v] = total[r][v];
+}
+
+// w[0 .. C] = L11^-1 (w - L10 y), for the pivots of C columns that lie `depth` columns to the right.
+template <class T, int N, int C>
+inline void forward_pivots(const T* L, int64_t ld, int64_t depth, const V<T>* y, V<T>* w) {
+  V<T> x[C][N];
+  UNROLL for (int c = 0; c < C; c++)
+    UNROLL for (int v = 0; v < N; v++) x[c][v] = w[c * N + v];
+  for (int64_t p = 0; p < depth; p++, L += ld, y += N)
+    UNROLL for (int c = 0; c < C; c++) {
+      const V<T> l = broadcast(L[c]);
+      UNROLL for (int v = 0; v < N; v++) x[c][v] -= l * y[v];
+    }
+  UNROLL for (int c = 0; c < C; c++) {
+    UNROLL for (int p = 0; p < c; p++) {
+      const V<T> l = broadcast(L[c + p * ld]);
+      UNROLL for (int v = 0; v < N; v++) x[c][v] -= l * x[p][v];
+    }
+    const V<T> d = broadcast(T(real(L[c + c * ld])));
+    UNROLL for (int v = 0; v < N; v++) w[c * N + v] = x[c][v] = d * x[c][v];
+  }
+}
+
+// The C pivots at w[0], with P their diagonal block: y = L11^-H (y - L21^H w[below]).
+template <class T, int N, int C>
+inline void backward_pivots(const T* P, int64_t m, int64_t ld, V<T>* w) {
+  V<T> x[C][N];
+  UNROLL for (int c = 0; c < C; c++)
+    UNROLL for (int v = 0; v < N; v++) x[c][v] = w[c * N + v];
+  for (int64_t i = C; i < m; i++)
+    UNROLL for (int c = 0; c < C; c++) {
+      const V<T> l = broadcast(conj(P[i + c * ld]));
+      UNROLL for (int v = 0; v < N; v++) x[c][v] -= l * w[i * N + v];
+    }
+  UNROLL for (int c = C - 1; c >= 0; c--) {
+    UNROLL for (int p = C - 1; p > c; p--) {
+      const V<T> l = broadcast(conj(P[p + c * ld]));
+      UNROLL for (int v = 0; v < N; v++) x[c][v] -= l * x[p][v];
+    }
+    const V<T> d = broadcast(T(real(P[c + c * ld])));
+    UNROLL for (int v = 0; v < N; v++) w[c * N + v] = x[c][v] = d * x[c][v];
+  }
+}
+
+template <class T, int N>
+void forward(const T* P, int64_t m, int64_t k, V<T>* w) {
+  int64_t j = 0;
+  for (; j + 4 < k; j += 4) forward_pivots<T, N, 4>(P + j, m, j, w, w + j * N);
+  switch (k - j) {
+    case 1: forward_pivots<T, N, 1>(P + j, m, j, w, w + j * N); break;
+    case 2: forward_pivots<T, N, 2>(P + j, m, j, w, w + j * N); break;
+    case 3: forward_pivots<T, N, 3>(P + j, m, j, w, w + j * N); break;
+    default: forward_pivots<T, N, 4>(P + j, m, j, w, w + j * N);
+  }
+  int64_t i = k;
+  for (; i + 8 <= m; i += 8) subtract_rows<T, N, 8>(P + i, m, k, w, w + i * N);
+  if (i + 4 <= m) subtract_rows<T, N, 4>(P + i, m, k, w, w + i * N), i += 4;
+  if (i + 2 <= m) subtract_rows<T, N, 2>(P + i, m, k, w, w + i * N), i += 2;
+  if (i < m) subtract_rows<T, N, 1>(P + i, m, k, w, w + i * N);
+}
+
+template <class T, int N>
+void backward(const T* P, int64_t m, int64_t k, V<T>* w) {
+  int64_t j = (k - 1) / 4 * 4;
+  auto at = [=](int64_t j) { return P + j + j * m; };
+  switch (k - j) {
+    case 1: backward_pivots<T, N, 1>(at(j), m - j, m, w + j * N); break;
+    case 2: backward_pivots<T, N, 2>(at(j), m - j, m, w + j * N); break;
+    case 3: backward_pivots<T, N, 3>(at(j), m - j, m, w + j * N); break;
+    default: backward_pivots<T, N, 4>(at(j), m - j, m, w + j * N);
+  }
+  for (j -= 4; j >= 0; j -= 4) backward_pivots<T, N, 4>(at(j), m - j, m, w + j * N);
+}
+
+// --- the tree ---
+
+// Row [width] of right-hand sides as N vectors; `count` of them are there.
+template <class T, int N>
+inline void load_row(const T* row, int64_t count, V<T>* w) {
+  constexpr int width = W<T>;
+  UNROLL for (int v = 0; v < N; v++) {
+    const int64_t there = count - v * width;
+    w[v] = there >= width ? load(row + v * width) : there > 0 ? load_part(row + v * width, int(there)) : broadcast(T(0));
+  }
+}
+template <class T, int N>
+inline void store_row(const V<T>* w, int64_t count, T* row) {
+  constexpr int width = W<T>;
+  UNROLL for (int v = 0; v < N; v++) {
+    const int64_t there = count - v * width;
+    if (there >= width) store(row + v * width, w[v]);
+    else if (there > 0) store_part(row + v * width, w[v], int(there));
+  }
+}
+
+// What a local row of a front is: one number, or N vectors.
+template <class T>
+struct One {
+  using Row = T;
+  static constexpr int size = 1;
+  static void load(const T* row, int64_t, Row* w) { *w = *row; }
+  static void store(const Row* w, int64_t, T* row) { *row = *w; }
+  static void forward(const T* P, int64_t m, int64_t k, Row* w) { forward_one(P, m, k, w); }
+  static void backward(const T* P, int64_t m, int64_t k, Row* w) { backward_one(P, m, k, w); }
+};
+template <class T, int N>
+struct Many {
+  using Row = V<T>;
+  static constexpr int size = N;
+  static void load(const T* row, int64_t count, Row* w) { load_row<T, N>(row, count, w); }
+  static void store(const Row* w, int64_t count, T* row) { store_row<T, N>(w, count, row); }
+  static void forward(const T* P, int64_t m, int64_t k, Row* w) { spcache::forward<T, N>(P, m, k, w); }
+  static void backward(const T* P, int64_t m, int64_t k, Row* w) { spcache::backward<T, N>(P, m, k, w); }
+};
+
+constexpr int64_t FETCH_FROM = 8 << 20;  // bytes of a factor that does not stay in a cache near the processor
+constexpr int64_t FETCH = 8192;  // bytes of the factor between prefetching them and their use
+
+template <class T>
+inline void prefetch(const T* begin, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(begin + i);
+}
+
+template <class How, class T>
+void solve_fronts(const Tree& t, const T* L, const Rhs& rhs, bool downwards, int32_t begin, int32_t end,
+                  typename How::Row* local) {
+  constexpr int N = How::size;
+  const int64_t width = rhs.width, ahead = FETCH / int64_t(sizeof(T));
+  const bool far = t.panel[t.supernodes] * int64_t(sizeof(T)) > FETCH_FROM;
+  auto rows_of = [&](int32_t s) { return local + (t.row[s] + t.first[s]) * N; };
+  if (!downwards) {
+    const T* b = static_cast<const T*>(rhs.b) + rhs.offset;
+    for (int32_t s = begin; s < end; s++) {
+      const int64_t f = t.first[s], k = t.first[s + 1] - f, u = t.row[s + 1] - t.row[s], m = k + u;
+      const T* P = L + t.panel[s];
+      if (far) prefetch(P + ahead, m * k);
+      auto* w = rows_of(s);
+      for (int64_t i = 0; i < k; i++) How::load(b + int64_t(t.perm[f + i]) * width, rhs.count, w + i * N);
+      for (int64_t i = k * N; i < m * N; i++) w[i] = typename How::Row{};
+      for (int32_t e = t.child[s]; e < t.child[s + 1]; e++) {
+        const int32_t c = t.children[e];
+        const int32_t* to = t.relative + t.row[c];
+        const int64_t count = t.row[c + 1] - t.row[c];
+        const auto* passed = rows_of(c) + (t.first[c + 1] - t.first[c]) * N;
+        for (int64_t i = 0; i < count; i++)
+          for (int v = 0; v < N; v++) w[to[i] * N + v] += passed[i * N + v];
+      }
+      How::forward(P, m, k, w);
+    }
+  } else {
+    T* x = static_cast<T*>(rhs.x) + rhs.offset;
+    for (int32_t s = end - 1; s >= begin; s--) {
+      const int64_t f = t.first[s], k = t.first[s + 1] - f, u = t.row[s + 1] - t.row[s], m = k + u;
+      const T* P = L + t.panel[s];
+      if (far) prefetch(P - ahead, m * k);
+      auto* w = rows_of(s);
+      if (u) {
+        const auto* parent = rows_of(t.parent[s]);
+        const int32_t* from = t.relative + t.row[s];
+        for (int64_t i = 0; i < u; i++)
+          for (int v = 0; v < N; v++) w[(k + i) * N + v] = parent[from[i] * N + v];
+      }
+      How::backward(P, m, k, w);
+      for (int64_t i = 0; i < k; i++) How::store(w + i * N, rhs.count, x + int64_t(t.perm[f + i]) * width);
+    }
+  }
+}
+
+constexpr int MANY = 2;  // vectors of right-hand sides that are solved for at once
+
+// One phase of a solve, for as many right-hand sides from `offset` on as go at once.
+template <class T>
+void solve(const Tree& t, const void* factor, const Rhs& rhs, bool downwards, int32_t begin, int32_t end, void* local) {
+  auto run = [&](auto how) {
+    using How = decltype(how);
+    solve_fronts<How>(t, static_cast<const T*>(factor), rhs, downwards, begin, end, static_cast<typename How::Row*>(local));
+  };
+  if (rhs.count > W<T>) run(Many<T, MANY>());
+  else if (rhs.count > 1 || W<T> == 1) run(Many<T, 1>());
+  else if constexpr (W<T> > 1) run(One<T>());
+}
+
+}  // namespace
+}  // namespace spcache
