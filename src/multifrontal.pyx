@@ -52,6 +52,7 @@ cdef extern from "kernels/multifrontal.hpp" namespace "spcache" nogil:
         void* shared
         void* pack
         const int64_t* update
+        int32_t* queue
     cdef struct Kernels:
         int32_t lanes
         int64_t (*pack_size)(int64_t) noexcept nogil
@@ -71,15 +72,12 @@ cdef extern from "kernels/analysis.hpp" namespace "spcache" nogil:
         int32_t n, supernodes, largest_front
         vector[int32_t] perm, supernode_of
         vector[int64_t] position_of, panel, row
-    cdef struct Range "spcache::Schedule::Range":
-        pass
     cdef cppclass Schedule:
         Schedule(const Plan&, int) except +
-        vector[Range] subtrees
-        vector[int32_t] top
         vector[int64_t] update
         int64_t own_size, shared_size
         int useful
+        int64_t queue_size()
         int sharing(int64_t, int)
         @staticmethod
         int sharing_solves(int64_t, int64_t, int)
@@ -100,7 +98,7 @@ cdef extern from "kernels/analysis.hpp" namespace "spcache" nogil:
     int64_t c_factorize "spcache::factorize"(const Kernels&, const Tree&, const Schedule&, const CAssembly&, const void*,
                                              void*, const Scratch*, int)
     void c_solve "spcache::solve"(const Kernels&, const Tree&, const Schedule&, const void*, const void*, void*, int64_t,
-                                  void*, int)
+                                  void*, int32_t*, int)
     Prediction c_predict "spcache::predict"(int32_t, const int64_t*, const int32_t*, const int32_t*) except +
     void adjacency(int32_t, const int64_t*, const int32_t*, vector[int32_t]&, vector[int32_t]&) except +
 
@@ -247,16 +245,27 @@ cdef class Workspace:
     cdef Workspace make(const Schedule* schedule, int64_t pack_size, int64_t itemsize, int threads):
         cdef Workspace new = Workspace()
         cdef Memory shared = Memory(schedule.shared_size * itemsize), own, pack
+        cdef Memory queue = Memory(schedule.queue_size() * sizeof(int32_t))
         cdef Scratch scratch
-        new.memories = [shared]
+        new.memories = [shared, queue]
         for _ in range(threads):
             own, pack = Memory(schedule.own_size * itemsize), Memory(pack_size * itemsize)
             new.memories += [own, pack]
             scratch.own, scratch.shared, scratch.pack = own.data, shared.data, pack.data
             scratch.update = schedule.update.data()
+            scratch.queue = <int32_t*> queue.data
             new.scratch.push_back(scratch)
         new.nbytes = sum([(<Memory> memory).nbytes for memory in new.memories])
         return new
+
+
+cdef class SolveWorkspace:
+    """Scratch memory of one solve; see Kernels::solve and Schedule."""
+    cdef Memory local, queue
+
+    @property
+    def nbytes(self):
+        return self.local.nbytes + self.queue.nbytes
 
 
 cdef class Team:
@@ -264,7 +273,7 @@ cdef class Team:
     cdef unique_ptr[Schedule] schedule
     cdef int threads      # that find work
     cdef list idle        # of Workspace
-    cdef list idle_solve  # of Memory, see Kernels::solve
+    cdef list idle_solve  # of SolveWorkspace
 
     cdef Workspace workspace(self, Storage storage):
         """An idle one, or a new one."""
@@ -275,13 +284,17 @@ cdef class Team:
             self.schedule.get(), storage.kernels.pack_size(storage.symbolic.plan.get().largest_front),
             ITEMSIZE[storage.dtype], self.threads)
 
-    cdef Memory solve_workspace(self, Storage storage):
+    cdef SolveWorkspace solve_workspace(self, Storage storage):
         """An idle one, or a new one."""
         cdef list idle = self.idle_solve[storage.dtype]
         cdef const Plan* plan = storage.symbolic.plan.get()
+        cdef SolveWorkspace new
         if idle:
             return idle.pop()
-        return Memory((plan.n + plan.row.back()) * storage.kernels.lanes * ITEMSIZE[storage.dtype])
+        new = SolveWorkspace()
+        new.local = Memory((plan.n + plan.row.back()) * storage.kernels.lanes * ITEMSIZE[storage.dtype])
+        new.queue = Memory(self.schedule.get().queue_size() * sizeof(int32_t))
+        return new
 
 
 cdef class Symbolic:
@@ -349,10 +362,8 @@ cdef class Symbolic:
         cdef Team team
         for team in list(self.teams.values()):
             total += 8 * self.plan.get().supernodes
-            for idle in team.idle:
-                total += sum([(<Workspace> workspace).nbytes for workspace in list(idle)])
-            for idle in team.idle_solve:
-                total += sum([(<Memory> memory).nbytes for memory in list(idle)])
+            for idle in team.idle + team.idle_solve:
+                total += sum([workspace.nbytes for workspace in list(idle)])
         return total
 
     @property
@@ -487,15 +498,15 @@ cdef class Storage:
         cdef int sharing = Schedule.sharing_solves(count, count * width * plan.panel.back(), threads)
         cdef Team team = self.symbolic.team(1 if sharing > 1 else threads)
         cdef list idle = team.idle_solve[self.dtype]
-        cdef Memory local = team.solve_workspace(self)
+        cdef SolveWorkspace workspace = team.solve_workspace(self)
         cdef vector[void*] locals
         cdef list others = []
         cdef Batch batch
         cdef Factors chosen
         if sharing > 1:
             others = [team.solve_workspace(self) for _ in range(sharing - 1)]
-        for other in [local, *others]:
-            locals.push_back((<Memory> other).data)
+        for other in [workspace, *others]:
+            locals.push_back((<SolveWorkspace> other).local.data)
         batch.count, batch.begin, batch.begin_stride = count, <const void*> b, stride
         batch.to, batch.to_stride = <void*> x, stride
         chosen.count, chosen.stride, chosen.data = self.batch, size, self.factor.data
@@ -512,6 +523,7 @@ cdef class Storage:
                     else:
                         c_solve(self.kernels[0], self.symbolic.tree, team.schedule.get()[0],
                                 <const char*> self.factor.data + f * size, <const char*> b + p * stride,
-                                <char*> x + p * stride, width, local.data, team.threads)
-        idle.append(local)
+                                <char*> x + p * stride, width, workspace.local.data,
+                                <int32_t*> workspace.queue.data, team.threads)
+        idle.append(workspace)
         idle += others

@@ -35,16 +35,17 @@ Solution<T> run(const Plan& plan, const Assembly& assembly, const std::vector<T>
   const Tree tree = plan.tree();
   Solution<T> out{std::vector<T>(plan.panel.back()), std::vector<T>(3 * plan.n)};
   std::vector<Scratch> scratch;
+  int32_t* queue = aligned<int32_t>(schedule.queue_size());
   T *shared = aligned<T>(schedule.shared_size), *local = aligned<T>((plan.n + plan.row.back()) * kernels.lanes);
   for (int t = 0; t < threads; t++)
     scratch.push_back({aligned<T>(schedule.own_size), shared, aligned<T>(kernels.pack_size(plan.largest_front)),
-                       schedule.update.data()});
+                       schedule.update.data(), queue});
   if (factorize(kernels, tree, schedule, assembly, values.data(), out.factor.data(), scratch.data(), threads)) abort();
   const std::vector<T> b(3 * plan.n, T(1));
-  solve(kernels, tree, schedule, out.factor.data(), b.data(), out.x.data(), 3, local, threads);
+  solve(kernels, tree, schedule, out.factor.data(), b.data(), out.x.data(), 3, local, queue, threads);
   for (int t = 0; t < threads; t++) free(scratch[t].own), free(scratch[t].pack);
-  free(shared), free(local);
-  std::printf("%d threads: %zu subtrees, %zu fronts above\n", threads, schedule.subtrees.size(), schedule.top.size());
+  free(shared), free(local), free(queue);
+  std::printf("%d threads: %zu tasks, %zu fronts above\n", threads, schedule.tasks.size(), schedule.top.size());
   return out;
 }
 
@@ -64,7 +65,7 @@ bool share_a_batch(const Plan& plan, const Assembly& assembly, const std::vector
   std::vector<void*> local;
   for (int t = 0; t < THREADS; t++) {
     scratch.push_back({aligned<T>(schedule.own_size), aligned<T>(schedule.shared_size),
-                       aligned<T>(kernels.pack_size(plan.largest_front)), schedule.update.data()});
+                       aligned<T>(kernels.pack_size(plan.largest_front)), schedule.update.data(), nullptr});
     local.push_back(aligned<T>((plan.n + plan.row.back()) * kernels.lanes));
   }
   const int64_t bytes = int64_t(sizeof(T));

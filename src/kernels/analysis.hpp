@@ -30,10 +30,11 @@ struct Plan {
   std::vector<int64_t> position_of;  // [nnz(structure)] canonical slot -> place in that supernode's panel
 };
 
-// Who factors which supernodes, and where update matrices lie meanwhile. Disjoint subtrees are factored by whoever is
-// free; what is left above them comes last, front by front, the large ones by all threads together. Inside a subtree, and above, update matrices live on two
-// stacks, those of even depth on one, of odd depth on the other, so that children never lie where their parent is
-// built. A subtree's root leaves its update matrix in memory of its own. The arithmetic does not depend on the schedule.
+// Who factors which supernodes, and where update matrices lie meanwhile. Tasks are subtrees, and single fronts above them,
+// and done by whoever is free as soon as their children are. What is left comes last, front by front: from the first
+// large front upwards, which all threads factor together. Inside a subtree, and above the tasks, update matrices live on
+// two stacks, those of even depth on one, of odd depth on the other, so that children never lie where their parent is
+// built. A task's root leaves its update matrix in memory of its own. The arithmetic does not depend on the schedule.
 struct Schedule {
   Schedule(const Plan& plan, int threads);
   // How many of `threads` share the matrices of a batch, or solves with so many numbers of factors, one matrix each.
@@ -42,20 +43,28 @@ struct Schedule {
 
   double total = 0;                   // work
   int useful = 1;                     // threads that find some
-  struct Range { int32_t begin, end; };
-  std::vector<Range> subtrees;        // by decreasing work
-  std::vector<int32_t> top;           // supernodes above them, ascending
+  struct Task {
+    int32_t begin, end;  // supernodes
+    int32_t parent;      // a task, or -1
+    int32_t children;    // how many there are
+  };
+  std::vector<Task> tasks;            // subtrees by decreasing work, then single fronts in ascending order
+  std::vector<int32_t> child;         // [tasks] the children of each, one after the other in the order of their parents
+  std::vector<int32_t> first_child;   // [tasks + 1] into child
+  std::vector<int32_t> top;           // supernodes above the tasks, ascending
   std::vector<int64_t> update;        // [supernodes] see Scratch
   int64_t own_size = 0, shared_size = 0;  // elements
+  int64_t queue_size() const { return 2 * int64_t(tasks.size()); }
 };
 
 // Factors one matrix on up to `threads` threads; scratch is [threads]. Returns 0, or 1 + the first pivot that failed.
 int64_t factorize(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const Assembly& assembly,
                   const void* values, void* factor, const Scratch* scratch, int threads);
 
-// x = A^-1 b for `width` right-hand sides on up to `threads` threads; for `local` see Kernels::solve.
+// x = A^-1 b for `width` right-hand sides on up to `threads` threads; for `local` see
+// Kernels::solve; queue is [Schedule::queue_size()] scratch memory, or null for one thread.
 void solve(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const void* factor, const void* b, void* x,
-           int64_t width, void* local, int threads);
+           int64_t width, void* local, int32_t* queue, int threads);
 
 // So many matrices, or right-hand sides, that lie one after the other.
 struct Batch {

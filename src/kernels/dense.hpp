@@ -247,14 +247,14 @@ int64_t factor_panel(T* P, int64_t m, int64_t k, int64_t ld) {
   return 0;
 }
 
-// Partial Cholesky of a front: the panel P [m, k] becomes the factor, the update matrix U [m-k, m-k] is reduced by
-// L21 L21^H (from zero where it is fresh). Returns 0, or 1 + the column whose pivot is not positive.
+// Partial Cholesky of a front: the panel P [m, k] becomes the factor, the update matrix U [m-k, m-k] -L21 L21^H.
+// Returns 0, or 1 + the column whose pivot is not positive.
 template <class T>
-int64_t factor_front(T* P, int64_t m, int64_t k, T* U, bool fresh, T* memory) {
+int64_t factor_front(T* P, int64_t m, int64_t k, T* U, T* memory) {
   const int64_t u = m - k;
   if (m < PACK_FROM || W<T> == 1) {
     if (int64_t bad = factor_panel(P, m, k, m)) return bad;
-    update_small(P + k, m, u, u, k, U, u, fresh);
+    update_small(P + k, m, u, u, k, U, u, true);
     return 0;
   }
   for (int64_t J = 0; J < k; J += BLOCK) {
@@ -268,7 +268,7 @@ int64_t factor_front(T* P, int64_t m, int64_t k, T* U, bool fresh, T* memory) {
     }
     const Packed<T> A = packed_in(memory, u, kb);
     pack_both(P + k + J * m, m, 0, u, A);
-    update_packed(A, 0, u, U, u, fresh && J == 0);
+    update_packed(A, 0, u, U, u, J == 0);
   }
   return 0;
 }

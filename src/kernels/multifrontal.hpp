@@ -41,6 +41,7 @@ struct Scratch {
   void* shared;   // [Schedule::shared_size] elements
   void* pack;     // [Kernels::pack_size(largest front)] elements
   const int64_t* update;  // [supernodes]
+  int32_t* queue;         // [Schedule::queue_size()] one for all threads
 };
 
 // Right-hand sides and solutions, [n, width] row-major, of which `count` from `offset` on are meant.
@@ -50,14 +51,17 @@ struct Rhs {
   int64_t width, offset, count;
 };
 
-// What threads that share a large front do, block of pivots by block of pivots, one part after the other.
+// What threads that share a large front do, one part after the other: begin the panel; then, when the values have been
+// added, block of pivots by block of pivots all from PIVOTS to UPDATE_REST; finish the update matrix.
 enum Part : int32_t {
+  BEGIN_PANEL,   // sets columns begin .. end of the panel to what the children leave for them
   PIVOTS,        // factors the diagonal block
   ROWS,          // solves for rows begin .. end of the front, counted from the first pivot of the block
   PACK_PANEL,    // packs rows begin .. end after the block
   UPDATE_PANEL,  // updates the panel's columns begin .. end after the block
   PACK_REST,     // the same for the update matrix
   UPDATE_REST,
+  FINISH_REST,   // adds what the children leave for columns begin .. end of the update matrix
 };
 
 struct Kernels {
@@ -65,9 +69,9 @@ struct Kernels {
   // factored. Returns 0, or 1 + the pivot number that is not positive.
   int64_t (*factorize)(const Tree&, const Assembly&, const void* values, void* factor, int32_t begin, int32_t end,
                        const Scratch&);
-  // The same for one front, in parts: first `assemble`, then `part` of each block from pivot J on. The bits are those of
-  // `factorize`. `part` returns 0, or for PIVOTS 1 + the column of the front whose pivot is not positive.
-  void (*assemble)(const Tree&, const Assembly&, const void* values, void* factor, int32_t s, const Scratch&);
+  // The same for one front, in parts; see Part. The bits are those of `factorize`. `part` returns 0, or for PIVOTS 1 + the
+  // column of the front whose pivot is not positive; J is the first pivot of the block.
+  void (*assemble)(const Tree&, const Assembly&, const void* values, void* factor, int32_t s);
   int64_t (*part)(Part, const Tree&, void* factor, int32_t s, int64_t J, int64_t begin, int64_t end, const Scratch&);
   int64_t block, share;  // pivots of a block; rows or columns of which begin is a multiple; 0: fronts are not shared
   // One phase of x = A^-1 b for supernodes begin .. end: forward (upwards in the tree, children first) or, when all

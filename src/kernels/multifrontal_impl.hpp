@@ -20,25 +20,37 @@ inline void add(T* dst, const T* src, int64_t count) {
   }
 }
 
-// Adds the update matrix C [u, u] of child c into its parent's front: panel P [m, k], update matrix U [m-k, m-k].
-template <class T>
-void extend_add(const Tree& t, int32_t c, const T* C, T* P, int64_t m, int64_t k, T* U) {
+// Adds columns of the update matrix C [u, u] of child c, those that lie between columns begin and end of its parent's
+// front, to that front; row i of its column j is at target(j)[i].
+template <class T, class Target>
+void extend_add(const Tree& t, int32_t c, const T* C, int64_t begin, int64_t end, Target target) {
   const int64_t u = t.row[c + 1] - t.row[c], count = t.run[c + 1] - t.run[c];
-  const Run* runs = t.runs + t.run[c];
   const int32_t* to = t.relative + t.row[c];
-  auto target = [=](int64_t j) { return j < k ? P + j * m : U + (j - k) * (m - k) - k; };  // [i]: row i of the front
   if (count) {
-    for (int64_t a = 0; a < count; a++)
-      for (int32_t j = 0; j < runs[a].length; j++) {
+    const Run* runs = t.runs + t.run[c];
+    for (int64_t a = 0; a < count && runs[a].to < end; a++) {
+      const int64_t first = begin > runs[a].to ? begin - runs[a].to : 0;
+      for (int64_t j = first; j < runs[a].length && runs[a].to + j < end; j++) {
         T* column = target(runs[a].to + j);
         const T* source = C + (runs[a].from + j) * u;
         add(column + runs[a].to + j, source + runs[a].from + j, runs[a].length - j);
         for (int64_t b = a + 1; b < count; b++) add(column + runs[b].to, source + runs[b].from, runs[b].length);
       }
+    }
   } else {
-    for (int64_t j = 0; j < u; j++) {
+    int64_t j = 0;
+    if (begin) {
+      int64_t high = u;  // the first row from `begin` on
+      while (j < high) {
+        const int64_t middle = (j + high) / 2;
+        if (to[middle] < begin) j = middle + 1;
+        else high = middle;
+      }
+    }
+    for (; j < u && to[j] < end; j++) {
       T* column = target(to[j]);
       const T* source = C + j * u;
+#pragma GCC unroll 4
       for (int64_t i = j; i < u; i++) column[to[i]] += source[i];
     }
   }
@@ -53,33 +65,49 @@ T* update_of(const Scratch& scratch, int32_t s) {
 // The front of one supernode.
 template <class T>
 struct Front {
+  const Tree& t;
+  const Scratch& scratch;
+  int32_t s;
   int64_t k, u, m;
   T *P, *U;
-  bool leaf;
   Front(const Tree& t, void* factor, int32_t s, const Scratch& scratch)
-      : k(t.first[s + 1] - t.first[s]), u(t.row[s + 1] - t.row[s]), m(k + u), P(static_cast<T*>(factor) + t.panel[s]),
-        U(update_of<T>(scratch, s)), leaf(t.child[s] == t.child[s + 1]) {}
-};
+      : t(t), scratch(scratch), s(s), k(t.first[s + 1] - t.first[s]), u(t.row[s + 1] - t.row[s]), m(k + u),
+        P(static_cast<T*>(factor) + t.panel[s]), U(update_of<T>(scratch, s)) {}
 
-template <class T>
-void assemble(const Tree& t, const Assembly& a, const void* values, void* factor, int32_t s, const Scratch& scratch) {
-  const Front<T> f(t, factor, s, scratch);
-  memset(static_cast<void*>(f.P), 0, size_t(f.m * f.k) * sizeof(T));
-  if (!f.leaf) memset(static_cast<void*>(f.U), 0, size_t(f.u * f.u) * sizeof(T));
-  assemble(a, s, static_cast<const T*>(values), f.P);
-  for (int32_t e = t.child[s]; e < t.child[s + 1]; e++)
-    extend_add(t, t.children[e], update_of<T>(scratch, t.children[e]), f.P, f.m, f.k, f.U);
-}
+  // Columns begin .. end of the panel, from the children.
+  void begin_panel(int64_t begin, int64_t end) const {
+    memset(static_cast<void*>(P + begin * m), 0, size_t((end - begin) * m) * sizeof(T));
+    each_child(begin, end, [this](int64_t j) { return P + j * m; });
+  }
+  // The children's part of columns begin .. end of the update matrix.
+  void finish_rest(int64_t begin, int64_t end) const {
+    each_child(k + begin, k + end, [this](int64_t j) { return U + (j - k) * u - k; });
+  }
+
+ private:
+  template <class Target>
+  void each_child(int64_t begin, int64_t end, Target target) const {
+    for (int32_t e = t.child[s]; e < t.child[s + 1]; e++)
+      extend_add(t, t.children[e], update_of<T>(scratch, t.children[e]), begin, end, target);
+  }
+};
 
 template <class T>
 int64_t factorize(const Tree& t, const Assembly& a, const void* values, void* factor, int32_t begin, int32_t end,
                   const Scratch& scratch) {
   for (int32_t s = begin; s < end; s++) {
-    assemble<T>(t, a, values, factor, s, scratch);
     const Front<T> f(t, factor, s, scratch);
-    if (int64_t bad = factor_front(f.P, f.m, f.k, f.U, f.leaf, static_cast<T*>(scratch.pack))) return t.first[s] + bad;
+    f.begin_panel(0, f.k);
+    assemble(a, s, static_cast<const T*>(values), f.P);
+    if (int64_t bad = factor_front(f.P, f.m, f.k, f.U, static_cast<T*>(scratch.pack))) return t.first[s] + bad;
+    f.finish_rest(0, f.u);
   }
   return 0;
+}
+
+template <class T>
+void assemble_values(const Tree& t, const Assembly& a, const void* values, void* factor, int32_t s) {
+  assemble(a, s, static_cast<const T*>(values), static_cast<T*>(factor) + t.panel[s]);
 }
 
 template <class T>
@@ -91,12 +119,14 @@ int64_t part(Part what, const Tree& t, void* factor, int32_t s, int64_t J, int64
   const bool panel = what == PACK_PANEL || what == UPDATE_PANEL;
   const Packed<T> A = packed_in(static_cast<T*>(scratch.pack), panel ? m - next : f.u, kb);
   switch (what) {
+    case BEGIN_PANEL: f.begin_panel(begin, end); break;
     case PIVOTS: return factor_panel(block, kb, kb, m);
     case ROWS: solve_rows(block, kb, m, begin, end); break;
     case PACK_PANEL: pack_both(block + kb, m, begin, end, A); break;
     case PACK_REST: pack_both(f.P + f.k + J * m, m, begin, end, A); break;
     case UPDATE_PANEL: update_packed(A, begin, end, f.P + next + next * m, m, false); break;
-    case UPDATE_REST: update_packed(A, begin, end, f.U, f.u, f.leaf && J == 0); break;
+    case UPDATE_REST: update_packed(A, begin, end, f.U, f.u, J == 0); break;
+    case FINISH_REST: f.finish_rest(begin, end); break;
   }
   return 0;
 }
@@ -108,7 +138,7 @@ int64_t pack_size(int64_t rows) {
 }
 
 template <class T>
-constexpr Kernels kernels_of = {factorize<T>, assemble<T>, part<T>, BLOCK, W<T> == 1 ? 0 : SHARE, solve<T>, MANY * W<T>,
+constexpr Kernels kernels_of = {factorize<T>, assemble_values<T>, part<T>, BLOCK, W<T> == 1 ? 0 : SHARE, solve<T>, MANY * W<T>,
                                 pack_size<T>};
 
 const Kernels* choose(Dtype dtype) {

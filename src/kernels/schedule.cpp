@@ -12,9 +12,11 @@ namespace {
 
 // Less work than this is done before a second thread has started.
 constexpr double PARALLEL_FROM = 4e6;          // units of `work_of`
-constexpr int64_t PARALLEL_SOLVE_FROM = 1 << 19;  // numbers in the factor
+constexpr int64_t PARALLEL_SOLVE_FROM = 1 << 17;  // numbers in the factor
 
 constexpr int64_t SHARE_FROM = 480;  // rows of a front that threads share
+constexpr int PIECES = 8;            // pieces of work for each thread, at least
+constexpr int MOST_SPLITS = 64;      // for each thread
 
 // Time of one front, in units of a multiply-add at full speed: elimination, assembly of the update matrix, overhead.
 double work_of(const Plan& p, int32_t s) {
@@ -74,78 +76,123 @@ Schedule::Schedule(const Plan& plan, int threads) {
     }
   }
 
-  // Split the largest subtree again and again, and keep the cut with the shortest predicted time.
+  // Split the largest subtree until none is much work.
   using Entry = std::pair<double, int32_t>;
   std::priority_queue<Entry> largest;
   for (int32_t s = 0; s < count; s++)
     if (plan.parent[s] == -1) { largest.emplace(work[s], s); total += work[s]; }
-  std::vector<Entry> roots;
-  auto snapshot = [&]() {
-    auto copy = largest;
-    roots.clear();
-    for (; !copy.empty(); copy.pop()) roots.push_back(copy.top());
-  };
-  snapshot();
-  if (threads > 1 && total >= PARALLEL_FROM) {
-    double above = 0, best = total;
-    for (int split = 0; split < 64 * threads; split++) {
-      std::vector<double> load(threads, 0);
-      for (auto copy = largest; !copy.empty(); copy.pop())  // by decreasing work to whoever is free first
-        *std::min_element(load.begin(), load.end()) += copy.top().first;
-      const double time = above + *std::max_element(load.begin(), load.end());
-      if (time < 0.98 * best) { best = time; snapshot(); }
-      if (above > best || largest.empty()) break;
+  std::vector<bool> split(count, false);
+  if (threads > 1 && total >= PARALLEL_FROM)
+    for (int k = 0; k < MOST_SPLITS * threads && !largest.empty() && largest.top().first * PIECES * threads > total; k++) {
       const int32_t s = largest.top().second;
       largest.pop();
-      above += work_of(plan, s) / (rows_of(plan, s) >= SHARE_FROM ? 0.8 * threads : 1);
+      split[s] = true;
       for (int32_t c = plan.child[s]; c < plan.child[s + 1]; c++)
         largest.emplace(work[plan.children[c]], plan.children[c]);
     }
-  }
 
-  useful = std::max(1, std::min(threads, int(roots.size())));
-
-  // Memory: each subtree on stacks of its thread, its root and what is above in memory that all threads see.
-  std::vector<bool> below(count, false);
+  // Memory: a subtree on stacks of its thread, the roots of tasks and what is above in memory that all threads see.
+  std::vector<int32_t> task_of(count, -1);  // of a task's root
   update.assign(count, 0);
-  for (auto [_, root] : roots) {
-    const int32_t begin = lowest[root], end = root + 1;
-    subtrees.push_back({begin, end});
-    for (int32_t s = begin; s < end; s++) below[s] = true;
+  auto own_memory = [&](int32_t root) {
+    const int64_t u = plan.row[root + 1] - plan.row[root];
+    task_of[root] = int32_t(tasks.size()) - 1;
+    update[root] = ~shared_size;
+    shared_size += u * u;
+  };
+  int subtrees = 0;
+  for (; !largest.empty(); largest.pop(), subtrees++) {
+    const int32_t root = largest.top().second, begin = lowest[root];
+    tasks.push_back({begin, root + 1, -1, 0});
     TwoStacks stacks(plan);
     for (int32_t s = begin; s < root; s++) update[s] = stacks.push(s, [](int32_t) { return true; });
     for (int32_t s = begin; s < root; s++)
       if (plan.depth[s] & 1) update[s] += stacks.peak(0);
     own_size = std::max(own_size, stacks.peak(0) + stacks.peak(1));
-    update[root] = ~shared_size;
-    shared_size += stacks.size(root);
+    own_memory(root);
   }
+  useful = std::max(1, std::min(threads, subtrees));
+  std::vector<bool> last(count, false);
   TwoStacks stacks(plan);
-  for (int32_t s = 0; s < count; s++)
-    if (!below[s]) {
+  for (int32_t s = 0; s < count; s++) {
+    if (!split[s]) continue;
+    bool large = rows_of(plan, s) >= SHARE_FROM;
+    if (large) useful = threads;
+    for (int32_t c = plan.child[s]; c < plan.child[s + 1]; c++) large = large || last[plan.children[c]];
+    if (large) {
+      last[s] = true;
       top.push_back(s);
-      useful = std::max(useful, rows_of(plan, s) >= SHARE_FROM ? threads : 1);
-      update[s] = stacks.push(s, [&](int32_t c) { return !below[c]; });
+      update[s] = stacks.push(s, [&](int32_t c) { return last[c]; });
+      continue;
     }
+    tasks.push_back({s, s + 1, -1, 0});
+    own_memory(s);
+    for (int32_t c = plan.child[s]; c < plan.child[s + 1]; c++) {
+      tasks[task_of[plan.children[c]]].parent = task_of[s];
+      tasks.back().children++;
+    }
+  }
   for (int32_t s : top) update[s] = ~(shared_size + update[s] + (plan.depth[s] & 1 ? stacks.peak(0) : 0));
   shared_size += stacks.peak(0) + stacks.peak(1);
+
+  first_child.assign(1, 0);
+  for (const Task& task : tasks) first_child.push_back(first_child.back() + task.children);
+  child.resize(first_child.back());
+  std::vector<int32_t> next(first_child);
+  for (size_t t = 0; t < tasks.size(); t++)
+    if (tasks[t].parent >= 0) child[next[tasks[t].parent]++] = int32_t(t);
 }
 
 namespace {
 
+// Calls run(task, thread) for every task: upwards when its children are done, downwards when its parent is.
+template <class Run>
+void run_tasks(const Schedule& schedule, bool downwards, int32_t* memory, const Crew& crew, Run run) {
+  const int32_t count = int32_t(schedule.tasks.size());
+  if (crew.size() == 1 || count <= 1) {
+    for (int32_t t = 0; t < count; t++) run(downwards ? count - 1 - t : t, 0);
+    return;
+  }
+  // The tasks in the order in which they become ready; a place that is not filled yet holds -1.
+  int32_t *queue = memory, *pending = memory + count;
+  std::atomic<int32_t> filled{0}, taken{0};
+  auto push = [&](int32_t task) { __atomic_store_n(queue + filled++, task, __ATOMIC_RELEASE); };
+  for (int32_t t = 0; t < count; t++) {
+    queue[t] = -1;
+    pending[t] = schedule.tasks[t].children;
+  }
+  for (int32_t t = 0; t < count; t++)
+    if (downwards ? schedule.tasks[t].parent < 0 : !pending[t]) push(t);
+  crew.share(crew.size(), [&](int64_t, int thread) {
+    for (int32_t place; (place = taken++) < count;) {
+      int32_t task;
+      for (int tries = 0; (task = __atomic_load_n(queue + place, __ATOMIC_ACQUIRE)) < 0; tries++)
+        if (tries > 1000) std::this_thread::yield();
+      run(task, thread);
+      const int32_t parent = schedule.tasks[task].parent;
+      if (downwards)
+        for (int32_t c = schedule.first_child[task]; c < schedule.first_child[task + 1]; c++) push(schedule.child[c]);
+      else if (parent >= 0 && __atomic_sub_fetch(pending + parent, 1, __ATOMIC_ACQ_REL) == 0)
+        push(parent);
+    }
+  });
+}
+
 // One front, by all threads; returns as Kernels::factorize.
 int64_t factorize_together(const Kernels& kernels, const Tree& tree, const Assembly& assembly, const void* values,
-                           void* factor, int32_t s, const Scratch& scratch, int threads) {
+                           void* factor, int32_t s, const Scratch& scratch, const Crew& crew) {
   const int64_t k = tree.first[s + 1] - tree.first[s], m = k + tree.row[s + 1] - tree.row[s], piece = kernels.share;
-  if (threads == 1 || !piece || m < SHARE_FROM) return kernels.factorize(tree, assembly, values, factor, s, s + 1, scratch);
-  kernels.assemble(tree, assembly, values, factor, s, scratch);
-  for (int64_t J = 0; J < k; J += kernels.block) {
+  if (crew.size() == 1 || !piece || m < SHARE_FROM) return kernels.factorize(tree, assembly, values, factor, s, s + 1, scratch);
+  int64_t J = 0;
+  auto together = [&](Part what, int64_t begin, int64_t end, int64_t size) {
+    crew.share((end - begin + size - 1) / size, [&](int64_t i, int) {
+      kernels.part(what, tree, factor, s, J, begin + i * size, std::min(begin + (i + 1) * size, end), scratch);
+    });
+  };
+  together(BEGIN_PANEL, 0, k, piece / 5);
+  kernels.assemble(tree, assembly, values, factor, s);
+  for (; J < k; J += kernels.block) {
     const int64_t next = std::min(J + kernels.block, k);
-    auto together = [&](Part what, int64_t begin, int64_t end, int64_t size) {
-      share((end - begin + size - 1) / size, threads, [&](int64_t i, int) {
-        kernels.part(what, tree, factor, s, J, begin + i * size, std::min(begin + (i + 1) * size, end), scratch);
-      });
-    };
     if (int64_t bad = kernels.part(PIVOTS, tree, factor, s, J, 0, 0, scratch)) return tree.first[s] + J + bad;
     together(ROWS, next - J, m - J, piece);
     if (next < k) {
@@ -157,6 +204,7 @@ int64_t factorize_together(const Kernels& kernels, const Tree& tree, const Assem
       together(UPDATE_REST, 0, m - k, piece / 5);
     }
   }
+  together(FINISH_REST, 0, m - k, piece / 5);
   return 0;
 }
 
@@ -164,9 +212,11 @@ int64_t factorize_together(const Kernels& kernels, const Tree& tree, const Assem
 
 int64_t factorize(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const Assembly& assembly,
                   const void* values, void* factor, const Scratch* scratch, int threads) {
+  const Crew crew(threads);
   std::atomic<int64_t> first_failure{INT64_MAX};
-  share(int(schedule.subtrees.size()), threads, [&](int i, int thread) {
-    const auto [begin, end] = schedule.subtrees[i];
+  run_tasks(schedule, false, scratch[0].queue, crew, [&](int32_t task, int thread) {
+    const int32_t begin = schedule.tasks[task].begin, end = schedule.tasks[task].end;
+    if (tree.first[begin] >= first_failure) return;
     const int64_t bad = kernels.factorize(tree, assembly, values, factor, begin, end, scratch[thread]);
     if (!bad) return;
     int64_t seen = first_failure.load();
@@ -177,7 +227,7 @@ int64_t factorize(const Kernels& kernels, const Tree& tree, const Schedule& sche
   const int64_t failure = first_failure;
   for (int32_t s : schedule.top) {
     if (tree.first[s] >= failure) break;
-    if (int64_t bad = factorize_together(kernels, tree, assembly, values, factor, s, scratch[0], threads)) return bad;
+    if (int64_t bad = factorize_together(kernels, tree, assembly, values, factor, s, scratch[0], crew)) return bad;
   }
   return failure == INT64_MAX ? 0 : failure;
 }
@@ -199,28 +249,27 @@ void solve_batch(const Kernels& kernels, const Tree& tree, const Schedule& sched
       memset(x, 0xff, size_t(batch.to_stride));  // a NaN in every scalar type
     else
       solve(kernels, tree, schedule, static_cast<const char*>(factors.data) + f * factors.stride,
-            static_cast<const char*>(batch.from) + p * batch.from_stride, x, width, local[thread], 1);
+            static_cast<const char*>(batch.from) + p * batch.from_stride, x, width, local[thread], nullptr, 1);
   });
 }
 
 void solve(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const void* factor, const void* b, void* x,
-           int64_t width, void* local, int threads) {
-  const int count = int(schedule.subtrees.size());
+           int64_t width, void* local, int32_t* queue, int threads) {
   if (tree.panel[tree.supernodes] < PARALLEL_SOLVE_FROM) threads = 1;
+  const Crew crew(threads);
   Rhs rhs{b, x, width, 0, 0};
   for (; rhs.offset < width; rhs.offset += rhs.count) {
     rhs.count = std::min<int64_t>(width - rhs.offset, kernels.lanes);
-    auto subtrees = [&](bool downwards) {
-      share(count, threads, [&](int i, int) {
-        const auto [begin, end] = schedule.subtrees[i];
-        kernels.solve(tree, factor, rhs, downwards, begin, end, local);
+    auto tasks = [&](bool downwards) {
+      run_tasks(schedule, downwards, queue, crew, [&](int32_t task, int) {
+        kernels.solve(tree, factor, rhs, downwards, schedule.tasks[task].begin, schedule.tasks[task].end, local);
       });
     };
-    subtrees(false);
+    tasks(false);
     for (int32_t s : schedule.top) kernels.solve(tree, factor, rhs, false, s, s + 1, local);
     for (auto s = schedule.top.rbegin(); s != schedule.top.rend(); ++s)
       kernels.solve(tree, factor, rhs, true, *s, *s + 1, local);
-    subtrees(true);
+    tasks(true);
   }
 }
 

@@ -18,7 +18,19 @@
 
 namespace spcache {
 
-// One call's work, for its workers.
+// Waits a moment for what another processor is about to do, some 30 microseconds, before it is worth going to sleep.
+template <class Done>
+bool soon(Done done) {
+  for (int tries = 0; tries < 2000; tries++) {
+    if (done()) return true;
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+  return false;
+}
+
+// One piece of work for all workers of a crew.
 struct Job {
   void (*run)(void* context, int thread);
   void* context;
@@ -33,26 +45,12 @@ class Worker {
     native_ = thread_.native_handle();
     thread_.detach();
   }
-  void start(Job* job, int thread, int processor) {
-    avoid(processor);
+  void start(Job* job, int thread) {
+    index_ = thread;
+    job_ = job;
+    if (!asleep_) return;
     std::lock_guard<std::mutex> lock(mutex_);
-    job_ = job, index_ = thread;
     wake_.notify_one();
-  }
-
- private:
-  void loop() {
-    for (;;) {
-      Job* job;
-      {
-        std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [this] { return job_ != nullptr; });
-        job = job_, job_ = nullptr;
-      }
-      job->run(job->context, index_);
-      std::lock_guard<std::mutex> lock(job->mutex);
-      if (--job->left == 0) job->done.notify_one();
-    }
   }
   void avoid(int processor) {
 #if defined(__linux__)
@@ -64,9 +62,27 @@ class Worker {
 #endif
   }
 
+ private:
+  void loop() {
+    auto called = [this] { return job_.load() != nullptr; };
+    for (;;) {
+      if (!soon(called)) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        asleep_ = true;
+        wake_.wait(lock, called);
+        asleep_ = false;
+      }
+      Job* const job = job_.exchange(nullptr);
+      job->run(job->context, index_);
+      std::lock_guard<std::mutex> lock(job->mutex);
+      if (--job->left == 0) job->done.notify_one();
+    }
+  }
+
   std::mutex mutex_;
   std::condition_variable wake_;
-  Job* job_ = nullptr;
+  std::atomic<Job*> job_{nullptr};
+  std::atomic<bool> asleep_{false};
   int index_ = 0, avoided_ = -1;
   pthread_t native_;
   std::thread thread_;  // last: it uses the rest
@@ -113,32 +129,48 @@ class Workers {
   std::vector<Worker*> idle_;
 };
 
-// Calls work(i, thread) for each i < count, thread < min(threads, count), whoever is free taking the next. `work` must
-// not throw.
+// The calling thread and the workers that it has been lent.
+class Crew {
+ public:
+  explicit Crew(int threads) {
+    if (threads <= 1) return;
+    workers_ = Workers::all().lend(threads - 1);
+#if defined(__linux__)
+    const int processor = sched_getcpu();
+    for (Worker* worker : workers_) worker->avoid(processor);
+#endif
+  }
+  Crew(const Crew&) = delete;
+  ~Crew() {
+    if (!workers_.empty()) Workers::all().take_back(workers_);
+  }
+  int size() const { return 1 + int(workers_.size()); }
+
+  // Calls work(i, thread) for each i < count, thread < size(), whoever is free taking the next. `work` must not throw.
+  template <class Work>
+  void share(int64_t count, Work work) const {
+    std::atomic<int64_t> next{0};
+    auto take = [&](int thread) {
+      for (int64_t i; (i = next.fetch_add(1)) < count;) work(i, thread);
+    };
+    const int helpers = int(std::min<int64_t>(int64_t(workers_.size()), count - 1));
+    if (helpers <= 0) return take(0);
+    Job job{[](void* context, int thread) { (*static_cast<decltype(take)*>(context))(thread); }, &take, {helpers}, {}, {}};
+    for (int w = 0; w < helpers; w++) workers_[w]->start(&job, w + 1);
+    take(0);
+    soon([&] { return job.left == 0; });
+    std::unique_lock<std::mutex> lock(job.mutex);
+    job.done.wait(lock, [&] { return job.left == 0; });
+  }
+
+ private:
+  std::vector<Worker*> workers_;
+};
+
+// The same for work of its own.
 template <class Work>
 void share(int64_t count, int threads, Work work) {
-  std::atomic<int64_t> next{0};
-  auto take = [&](int thread) {
-    for (int64_t i; (i = next.fetch_add(1)) < count;) work(i, thread);
-  };
-  const int used = int(std::min<int64_t>(threads, count));
-  if (used <= 1) return take(0);
-  const std::vector<Worker*> workers = Workers::all().lend(used - 1);
-  Job job{[](void* context, int thread) { (*static_cast<decltype(take)*>(context))(thread); }, &take,
-          {int(workers.size())}, {}, {}};
-#if defined(__linux__)
-  const int processor = sched_getcpu();
-#else
-  const int processor = -1;
-#endif
-  for (size_t w = 0; w < workers.size(); w++) workers[w]->start(&job, int(w) + 1, processor);
-  take(0);
-  for (int spin = 0; spin < 2000 && job.left.load() > 0; spin++) {}
-  {
-    std::unique_lock<std::mutex> lock(job.mutex);
-    job.done.wait(lock, [&] { return job.left.load() == 0; });
-  }
-  Workers::all().take_back(workers);
+  Crew(int(std::min<int64_t>(threads, count))).share(count, work);
 }
 
 }  // namespace spcache
