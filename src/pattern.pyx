@@ -35,6 +35,8 @@ cdef extern from "kernels/pattern.hpp" namespace "spcache" nogil:
         const int32_t* row
         const int32_t* column
         const int32_t* diagonal
+        const int32_t* lower
+        const int32_t* upper
     int64_t c_compress "spcache::compress"(int64_t, const int32_t*, const int32_t*, int64_t, int64_t,
                                            int64_t*, int32_t*, int32_t*) except +
     void sort_contributions(int64_t, const int32_t*, const int32_t*, const uint8_t*, const int32_t*,
@@ -204,6 +206,8 @@ cdef class Entries:
     cdef vector[int32_t] row
     cdef vector[int32_t] column
     cdef vector[int32_t] diagonal
+    cdef vector[int32_t] lower
+    cdef vector[int32_t] upper
 
     def __init__(self, int32_t[::1] rows, int32_t[::1] columns):
         if rows.shape[0] != columns.shape[0]:
@@ -213,6 +217,7 @@ cdef class Entries:
     def pair(self, int64_t n, int64_t[::1] indptr, int32_t[::1] indices, int32_t[::1] slots):
         """Prepares the symmetry tests: slots[k] is entry k's place in the canonical lower triangle (indptr, indices)."""
         cdef int64_t nnz = self.rows.shape[0], count = indices.shape[0], k, s, j
+        cdef bool single = True
         cdef vector[int64_t] following
         if slots.shape[0] != nnz or indptr.shape[0] != n + 1:
             raise ValueError("slots or indptr do not fit the entries")
@@ -236,6 +241,17 @@ cdef class Entries:
                 if indices[s] == j and self.begin[2 * s + 1] > self.begin[2 * s]:
                     self.diagonal[j] = <int32_t> s
         self.pairs.nnz, self.pairs.slots, self.pairs.n = nnz, count, n
+        for s in range(count):
+            single = (single and self.begin[2 * s + 1] - self.begin[2 * s] == 1
+                      and self.begin[2 * s + 2] - self.begin[2 * s + 1] == (self.row[s] != self.column[s]))
+        if single:
+            self.lower.resize(count)
+            self.upper.resize(count)
+            for s in range(count):
+                self.lower[s] = self.source[self.begin[2 * s]]
+                self.upper[s] = self.source[self.begin[2 * s + 2] - 1]
+        self.pairs.lower = self.lower.data() if single else NULL
+        self.pairs.upper = self.upper.data() if single else NULL
         self.pairs.begin, self.pairs.source = self.begin.data(), self.source.data()
         self.pairs.row, self.pairs.column = self.row.data(), self.column.data()
         self.pairs.diagonal = self.diagonal.data()

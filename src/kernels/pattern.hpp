@@ -97,6 +97,8 @@ struct Pairs {
   const int32_t* row;      // [slots]
   const int32_t* column;   // [slots]
   const int32_t* diagonal; // [n] slot of (i, i), or -1
+  // [slots] where each slot has one entry on each side, those two (on the diagonal the same twice); otherwise null.
+  const int32_t *lower, *upper;
 };
 
 template <class T>
@@ -106,29 +108,39 @@ inline T sum_entries(const int32_t* source, int64_t from, int64_t to, const T* v
   return sum;
 }
 
-// The largest |a_ij - a_ji| (conjugated where hermitian) and the largest |a_ij|, on summed entries.
+// Raises difference to the largest |a_ij - a_ji| (conjugated where hermitian), largest to the largest |a_ij|, on summed
+// entries.
 template <class T>
 inline void asymmetry(const Pairs& p, bool hermitian, const T* values, double* difference, double* largest) {
-  Real<T> worst = 0, top = 0;
+  constexpr int64_t CHAINS = 4, FAR = 32;  // maxima that do not wait for each other; slots to prefetch ahead
+  Real<T> worst[CHAINS] = {}, top[CHAINS] = {}, other[CHAINS] = {};
   auto raise = [](Real<T>& bound, T z) { Real<T> size = abs(z); bound = size > bound ? size : bound; };
-  const int64_t ahead = 32;  // slots
-  for (int64_t s = 0; s < p.slots; s++) {
-    const int64_t b = p.begin[2 * s], m = p.begin[2 * s + 1], e = p.begin[2 * s + 2];
-    if (s + ahead < p.slots)
-      for (int64_t q = p.begin[2 * (s + ahead)]; q < p.begin[2 * (s + ahead) + 2]; q++)
-        __builtin_prefetch(values + p.source[q]);
-    const T lower = m > b ? sum_entries(p.source, b, m, values) : T(0);
-    raise(top, lower);
-    if (p.row[s] == p.column[s]) {
-      if (hermitian) raise(worst, lower - conj(lower));
-      continue;
+  auto compare = [&](int64_t chain, T lower, T upper) {
+    raise(top[chain], lower);
+    raise(other[chain], upper);
+    raise(worst[chain], lower - (hermitian ? conj(upper) : upper));
+  };
+  if (p.lower) {
+    int64_t s = 0;
+    for (; s + FAR < p.slots; s += CHAINS)
+      for (int64_t c = 0; c < CHAINS; c++) {
+        __builtin_prefetch(values + p.upper[s + c + FAR - CHAINS]);
+        compare(c, values[p.lower[s + c]], values[p.upper[s + c]]);
+      }
+    for (; s < p.slots; s++) compare(0, values[p.lower[s]], values[p.upper[s]]);
+  } else {
+    for (int64_t s = 0; s < p.slots; s++) {
+      const int64_t b = p.begin[2 * s], m = p.begin[2 * s + 1], e = p.begin[2 * s + 2];
+      const T lower = m > b ? sum_entries(p.source, b, m, values) : T(0);
+      if (p.row[s] == p.column[s]) compare(0, lower, lower);
+      else compare(0, lower, e > m ? sum_entries(p.source, m, e, values) : T(0));
     }
-    const T upper = e > m ? sum_entries(p.source, m, e, values) : T(0);
-    raise(top, upper);
-    raise(worst, lower - (hermitian ? conj(upper) : upper));
   }
-  *difference = worst;
-  *largest = top;
+  for (int64_t c = 0; c < CHAINS; c++) {
+    *difference = *difference > worst[c] ? *difference : worst[c];
+    *largest = *largest > top[c] ? *largest : top[c];
+    *largest = *largest > other[c] ? *largest : other[c];
+  }
 }
 
 // Whether the values are Hermitian to rounding with a positive diagonal:
@@ -161,22 +173,30 @@ enum Mirror : int32_t { NONE = 0, TRANSPOSED = 1, CONJUGATED = 2 };
 template <class T>
 inline void gather_outer(int64_t nnz, const int32_t* row, const int32_t* column, Mirror mirror, bool one_triangle,
                          int64_t width, const T* u, const T* w, T* out) {
-  auto product = [=](int64_t i, int64_t j) {
-    const T *a = u + i * width, *b = w + j * width;
-    T sum = a[0] * conj(b[0]);
-    for (int64_t r = 1; r < width; r++) sum += a[r] * conj(b[r]);
-    return sum;
+  auto gather = [=](auto product) {
+    auto mirrored = [=](auto reflect) {
+      for (int64_t k = 0; k < nnz; k++) {
+        const int64_t i = row[k], j = column[k];
+        const T sum = product(i, j) + reflect(product(j, i));
+        out[k] = one_triangle && i != j ? -sum : Real<T>(-0.5) * sum;
+      }
+    };
+    if (mirror == NONE)
+      for (int64_t k = 0; k < nnz; k++) out[k] = -product(row[k], column[k]);
+    else if (mirror == CONJUGATED)
+      mirrored([](T other) { return conj(other); });
+    else
+      mirrored([](T other) { return other; });
   };
-  if (mirror == NONE) {
-    for (int64_t k = 0; k < nnz; k++) out[k] = -product(row[k], column[k]);
-    return;
-  }
-  for (int64_t k = 0; k < nnz; k++) {
-    int64_t i = row[k], j = column[k];
-    T other = product(j, i);
-    T sum = product(i, j) + (mirror == CONJUGATED ? conj(other) : other);
-    out[k] = (one_triangle && i != j) ? -sum : Real<T>(-0.5) * sum;
-  }
+  if (width == 1)
+    gather([=](int64_t i, int64_t j) { return u[i] * conj(w[j]); });
+  else
+    gather([=](int64_t i, int64_t j) {
+      const T *a = u + i * width, *b = w + j * width;
+      T sum = a[0] * conj(b[0]);
+      for (int64_t r = 1; r < width; r++) sum += a[r] * conj(b[r]);
+      return sum;
+    });
 }
 
 // y += S x, or S^H x where adjoint, in the convention of the kind; x and y have `width` columns.
