@@ -23,8 +23,8 @@ def lstsq(A: Any, b: Tensor, *, damping: float = 0.0, method: str = "auto", **op
     `SparseSystem` saves the search, which is O(nnz), and sees the counters.
 
     Args:
-        A: [m, n] torch sparse COO, CSR or CSC, or SciPy; or a triple (indices, (m, n), values) with indices [2, nnz] and
-            values [*B, nnz]. Of full rank, unless there is damping: columns where m >= n, rows where m < n, which
+        A: [m, n] torch sparse COO, CSR or CSC, or SciPy; or a triple (indices, (m, n), values) with indices [2, nnz]
+            and values [*B, nnz]. Of full rank, unless there is damping: columns where m >= n, rows where m < n, which
             gives the shortest x with A x = b. float32, float64, complex64 or complex128.
         b: [m] or [m, k], same dtype; with a triple as in `SparseSystem.lstsq`.
         damping: a number, not negative.
@@ -36,7 +36,7 @@ def lstsq(A: Any, b: Tensor, *, damping: float = 0.0, method: str = "auto", **op
         at its stored entries; with a triple, it is that of the values.
 
     Raises:
-        SingularMatrixError, NotConvergedError, ValueError, TypeError: as `SparseSystem.lstsq`, which tells the cost too.
+        SingularMatrixError, NotConvergedError, ValueError, TypeError: as `SparseSystem.lstsq`, which has the cost.
 
     Example:
         >>> import torch, spcache
@@ -50,7 +50,9 @@ def lstsq(A: Any, b: Tensor, *, damping: float = 0.0, method: str = "auto", **op
             raise TypeError(f"b must be a torch.Tensor, got {type(b).__name__}")
         if recorded():
             if options:
-                raise TypeError(f"recorded code (torch.compile, make_fx) takes no options of lsmr, got {', '.join(options)}")
+                raise TypeError(
+                    f"recorded code (torch.compile, make_fx) takes no options of lsmr, got {', '.join(options)}"
+                )
             fitter = torch.ops.spcache.fitter(indices, m, n)
             return traced_least_squares(fitter, values, b, is_vector(values, b), m, n, float(damping), method)
         return find_system(indices, (m, n)).lstsq(values, b, damping=damping, method=method, **options)

@@ -593,5 +593,10 @@ def _vmap_columns(
 
 for _function in (_Solve, Solve, Matvec, Outer, LeastSquares):
     hide(_function, "backward")
-for _function in (Solve, Matvec, Outer, LeastSquares):  # torch asks for it at every call, and Python would make it anew: 15 us
+for _function in (
+    Solve,
+    Matvec,
+    Outer,
+    LeastSquares,
+):  # torch asks for it at every call, and Python would make it anew: 15 us
     _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]

@@ -22,9 +22,9 @@ augmented   K = [[alpha I, B], [B^H, -mu^2/alpha I]] for (r/alpha, x), with pivo
 
 References: Å. Björck, Iterative refinement of linear least squares solutions I, BIT 7 (1967),
 doi:10.1007/BF01939321; Stability analysis of the method of seminormal equations for linear least squares problems,
-Linear Algebra Appl. 88/89 (1987), doi:10.1016/0024-3795(87)90101-7; Numerical Methods for Least Squares Problems (1996),
-doi:10.1137/1.9781611971484. A. van der Sluis, Condition numbers and equilibration of matrices, Numer. Math. 14 (1969),
-doi:10.1007/BF02165096.
+Linear Algebra Appl. 88/89 (1987), doi:10.1016/0024-3795(87)90101-7; Numerical Methods for Least Squares Problems
+(1996), doi:10.1137/1.9781611971484.
+A. van der Sluis, Condition numbers and equilibration of matrices, Numer. Math. 14 (1969), doi:10.1007/BF02165096.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ __all__ = ["METHODS", "Fitter", "Problem"]
 METHODS = ("auto", "direct", "normal", "augmented", "lsmr")
 
 _EPS = torch.finfo(torch.float64).eps
-_TRUSTED = 1e-13  # reciprocal condition number of N from which its factor is used: three digits a step
+_TRUSTED = 1e-14  # reciprocal condition number of N from which its factor is used: about two digits a step
 _DEFICIENT = 1e-13  # that of B below which its rank counts as deficient
-_STEPS = 12  # of refinement, at most
+_STEPS = 20  # of refinement, at most
 _VECTORS = 4  # of the inverse iteration
 _UNEVEN = 32, 2**20  # more products than that many times the fewest that so many entries can have, and than that
 
@@ -207,7 +207,13 @@ class Fitter:
     # --- what the user asks for, arguments checked ---------------------------------------------------------------
 
     def solve(
-        self, values: Tensor, b: Tensor, damping: float, method: str, options: dict[str, Any], vector: bool | None = None
+        self,
+        values: Tensor,
+        b: Tensor,
+        damping: float,
+        method: str,
+        options: dict[str, Any],
+        vector: bool | None = None,
     ) -> Tensor:
         """`SparseSystem.lstsq`; vector: whether b holds vectors, where the caller knows."""
         m, n = self.factorizer.pattern.m, self.factorizer.pattern.n
@@ -233,7 +239,9 @@ class Fitter:
         lead = torch.broadcast_shapes(f.shape[:-2], values.shape[:-1])
         expected = [(*lead, size, f.shape[-1]) for size in self.shape]
         if [f.shape, g.shape] != expected or f.dtype != values.dtype or g.dtype != values.dtype:
-            raise ValueError(f"expected right-hand sides of shapes {expected} in {values.dtype}, got {f.shape}, {g.shape}")
+            raise ValueError(
+                f"expected right-hand sides of shapes {expected} in {values.dtype}, got {f.shape}, {g.shape}"
+            )
         if f.numel() == 0 or g.numel() == 0:
             return f.clone(), g.clone()
         problem = Problem(self, _number(damping), method, {})
@@ -292,8 +300,8 @@ class Fitter:
             if fit.normal is None and method == "normal":
                 worst = float(fit.condition.max())
                 raise SingularMatrixError(
-                    f"method='normal' cannot be trusted here: the condition number of A, {self._what()}s scaled, is about "
-                    f"{worst:.1e}, and the normal equations have its square; use method='auto', or damping="
+                    f"method='normal' cannot be trusted here: the condition number of A, {self._what()}s scaled, is "
+                    f"about {worst:.1e}, and the normal equations have its square; use method='auto', or damping="
                 )
         if fit.normal is None:
             self._factorize_augmented(fit)
@@ -325,10 +333,13 @@ class Fitter:
             fit.condition = torch.full(fit.batch_shape, math.inf, dtype=torch.float64)
             return
         # z of random signs has a part in every direction, which N^-1 blows up where N is nearly singular: the Rayleigh
-        # quotient of N^-1 z then is next to the smallest eigenvalue, and never below it.
-        z = self._signs(1).to(fit.w.dtype).expand(*fit.batch_shape, -1, -1)
-        y = numeric.solve(z, False, False)
-        smallest = (y.conj() * z).sum((-2, -1)).real / y.abs().square().sum((-2, -1))
+        # quotient of y = N^-1 z then is next to the smallest eigenvalue, and never below it. By B itself it is right
+        # even where the smallest pivots of N are rounding errors.
+        y = numeric.solve(self._signs(1).to(fit.w.dtype).expand(*fit.batch_shape, -1, -1), False, False)
+        y = y / y.abs().amax((-2, -1), keepdim=True)
+        parts = self._apply(fit, y, False), fit.damping.unsqueeze(-1) * y
+        squares = [part.abs().square().sum((-2, -1)) for part in (*parts, y)]
+        smallest = (squares[0] + squares[1]) / squares[2]
         fit.condition = (norm / smallest).sqrt()
         if bool((smallest >= _TRUSTED * norm).all()):
             fit.normal = numeric
@@ -345,9 +356,10 @@ class Fitter:
         if not self.factorizer.checks:
             fit.augmented = self._factor_of(fit, 1e-3 * largest)
             return
-        sigma = self._smallest_by_normal(fit, limit) if self.even else None
+        found = self._smallest_by_normal(fit, limit) if self.even else None
+        sigma = 1e-3 * largest if found is None else found
         for sure in False, True:  # alpha of a sigma that was far off: once more, with what K itself says
-            augmented = self._factor_of(fit, 1e-3 * largest if sigma is None else sigma)
+            augmented = self._factor_of(fit, sigma)
             failures = augmented.numeric.failures
             if failures is not None:
                 self._refuse(fit, next(e for e, f in enumerate(failures) if f is not None), math.inf, None)
@@ -399,7 +411,8 @@ class Fitter:
         for _ in range(3):
             V = inverse(V)
             V, _ = torch.linalg.qr(V / V.abs().amax((-2, -1), keepdim=True))
-        _, sigma, Wh = torch.linalg.svd(torch.cat([self._apply(fit, V, False), fit.damping.unsqueeze(-1) * V], -2), False)
+        both = [self._apply(fit, V, False), fit.damping.unsqueeze(-1) * V]
+        _, sigma, Wh = torch.linalg.svd(torch.cat(both, -2), False)
         smallest = torch.nan_to_num(sigma[..., -1], nan=0.0)
         if self.factorizer.checks and bool((smallest <= limit).any()):
             e = int((smallest <= limit).reshape(-1).int().argmax())
@@ -415,8 +428,9 @@ class Fitter:
         batch = tuple(int(i) for i in np.unravel_index(e, fit.batch_shape)) if fit.batch_shape else ()
         what, which = self._what(), f", {self._what()} {column} (counted from 0) in it" if column is not None else ""
         proof = f": a combination of {what}s, scaled to length 1, has length {sigma:.1e}{which}" * math.isfinite(sigma)
+        where = f" (batch element {batch})" if batch else ""
         raise SingularMatrixError(
-            f"A has no full {what} rank, or is too near to that{proof or which}{f' (batch element {batch})' * bool(batch)};"
+            f"A has no full {what} rank, or is too near to that{proof or which}{where};"
             f" damping= (least |A x - b|^2 + damping^2 |x|^2) is defined for every A; or remove {what}s, or use "
             "method='lsmr'",
             column,
@@ -451,8 +465,8 @@ class Fitter:
             if self.factorizer.checks and not converged:
                 worst = float(fit.condition.max())
                 raise SingularMatrixError(
-                    f"A is too near to a deficient {self._what()} rank: its condition number, {self._what()}s scaled, is "
-                    f"about {worst:.1e}, and the refinement of the solution does not converge; damping= (least "
+                    f"A is too near to a deficient {self._what()} rank: its condition number, {self._what()}s scaled, "
+                    f"is about {worst:.1e}, and the refinement of the solution does not converge; damping= (least "
                     "|A x - b|^2 + damping^2 |x|^2) helps, or method='lsmr'"
                 )
         return (r / size).to(device, dtype), (scale * x / size).to(device, dtype)

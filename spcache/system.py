@@ -204,9 +204,7 @@ class SparseSystem:
             return Factor(self._factorizer, self._handle, None, values.clone())
         return Factor(self._factorizer, self._handle, self._factorizer.factorize(values), values)
 
-    def lstsq(
-        self, values: Tensor, b: Tensor, *, damping: float = 0.0, method: str = "auto", **options: Any
-    ) -> Tensor:
+    def lstsq(self, values: Tensor, b: Tensor, *, damping: float = 0.0, method: str = "auto", **options: Any) -> Tensor:
         """x that minimizes |A x - b|^2 + damping^2 |x|^2, differentiable in values and b to any order.
 
         A [m, n] must have full rank (columns where m >= n, rows where m < n) unless there is damping. Without damping
@@ -248,10 +246,14 @@ class SparseSystem:
             tensor([1., 2.])
         """
         if not self._general:
-            raise ValueError(f"lstsq needs kind='auto' or 'general', this system has {self._factorizer.options['kind']!r}")
+            raise ValueError(
+                f"lstsq needs kind='auto' or 'general', this system has {self._factorizer.options['kind']!r}"
+            )
         if recorded():
             if options:
-                raise TypeError(f"recorded code (torch.compile, make_fx) takes no options of lsmr, got {', '.join(options)}")
+                raise TypeError(
+                    f"recorded code (torch.compile, make_fx) takes no options of lsmr, got {', '.join(options)}"
+                )
             m, n = self.shape
             return traced_least_squares(
                 self._fitter_handle, values, b, is_vector(values, b), m, n, float(damping), method
