@@ -2,52 +2,41 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .autograd import LeastSquares
-from .errors import SingularMatrixError
-from .functional import system_of
-from .iterative import lsmr
-from .matrices import Entries, entries_of, require_dense
-from .system import SparseSystem
-from .torch_private import transformed
+from .functional import find_system, system_of
+from .library import is_vector, recorded, traced_least_squares
+from .matrices import entries_of, require_dense
 
 __all__ = ["lstsq"]
 
-_DEFICIENT = (
-    "A has no full column rank, or is too near to that for method='direct': a column is zero, or depends on others; "
-    "remove it, or use method='lsmr'"
-)
 
+def lstsq(A: Any, b: Tensor, *, damping: float = 0.0, method: str = "auto", **options: Any) -> Tensor:
+    """x that minimizes |A x - b|^2 + damping^2 |x|^2, differentiable in A and b to any order.
 
-def lstsq(A: Any, b: Tensor, *, method: str = "auto", **options: Any) -> Tensor:
-    """x that minimizes |A x - b|, differentiable in A and b to any order.
+    The system of A's pattern, its plan and factor included, is kept in `spcache.plan_cache`: a matrix of the same
+    pattern is factorized without analysis, one of equal values not even factorized. A loop that can keep a
+    `SparseSystem` saves the search, which is O(nnz), and sees the counters.
 
     Args:
-        A: [m, n] torch sparse COO, CSR or CSC, or SciPy, of full column rank, m >= n; float32, float64, complex64 or
-            complex128.
-        b: [m] or [m, k], same dtype.
-        method: "auto" is "direct": LU of the augmented system [[I, A], [A^H, 0]] in double precision, and one step of
-            refinement; as accurate as QR for condition numbers, columns scaled, up to about 1e7, and refused beyond
-            about 1e8. It fills in as A^H A does: where there is no order in the pattern, "lsmr" is faster by far,
-            iterative (Fong and Saunders 2011).
-        options: for "lsmr", those of `spcache.iterative.lsmr`, forward and backward: atol, btol (default here: ten
-            times the precision of b), conlim, maxiter, callback, check.
+        A: [m, n] torch sparse COO, CSR or CSC, or SciPy; or a triple (indices, (m, n), values) with indices [2, nnz]
+            and values [*B, nnz]. Of full rank, unless there is damping: columns where m >= n, rows where m < n, which
+            gives the shortest x with A x = b. float32, float64, complex64 or complex128.
+        b: [m] or [m, k], same dtype; with a triple as in `SparseSystem.lstsq`.
+        damping: a number, not negative.
+        method: "auto", "direct", "normal", "augmented" or "lsmr", as in `SparseSystem.lstsq`.
+        options: for "lsmr", those of `spcache.iterative.lsmr`.
 
     Returns:
-        x of shape [n] or [n, k]. The gradient of A is sparse, in A's layout, at its stored entries.
+        x of shape [n] or [n, k]; with a triple [*P, n] or [*P, n, k]. The gradient of A is sparse, in A's layout,
+        at its stored entries; with a triple, it is that of the values.
 
     Raises:
-        NotConvergedError: lsmr did not converge (check=True).
-        SingularMatrixError: A has no full column rank, or is too near to that ("direct").
-        TypeError, ValueError: an argument is not as described.
-
-    Cost: "lsmr": two products an iteration; each backward pass as much again, twice. "direct": as
-    `SparseSystem.solve` of order m + n.
+        SingularMatrixError, NotConvergedError, ValueError, TypeError: as `SparseSystem.lstsq`, which has the cost.
 
     Example:
         >>> import torch, spcache
@@ -55,64 +44,31 @@ def lstsq(A: Any, b: Tensor, *, method: str = "auto", **options: Any) -> Tensor:
         >>> spcache.lstsq(A, torch.tensor([1.0, 3.0, 5.0]))  # the line 1 + 2 t
         tensor([1., 2.])
     """
-    if method not in ("auto", "lsmr", "direct"):
-        raise ValueError(f"method must be one of 'auto', 'lsmr', 'direct', got {method!r}")
+    if isinstance(A, tuple):
+        indices, (m, n), values = _triple(A)
+        if not isinstance(b, Tensor):
+            raise TypeError(f"b must be a torch.Tensor, got {type(b).__name__}")
+        if recorded():
+            if options:
+                raise TypeError(
+                    f"recorded code (torch.compile, make_fx) takes no options of lsmr, got {', '.join(options)}"
+                )
+            fitter = torch.ops.spcache.fitter(indices, m, n)
+            return traced_least_squares(fitter, values, b, is_vector(values, b), m, n, float(damping), method)
+        return find_system(indices, (m, n)).lstsq(values, b, damping=damping, method=method, **options)
     entries = entries_of(A)
-    m, n = entries.shape
-    if m < n:
-        raise ValueError(f"A must have at least as many rows as columns, got shape {(m, n)}")
     require_dense("b", b, entries.values)
+    m = entries.shape[0]
     if b.dim() not in (1, 2) or b.shape[0] != m:
         raise ValueError(f"b must have shape ({m},) or ({m}, k), got {tuple(b.shape)}")
-    system, values = system_of(entries), entries.values
-    if method != "lsmr":
-        if options:
-            raise TypeError(f"options are for method='lsmr'; method={method!r} has none, got {', '.join(options)}")
-        return _augmented(system, values, b)
-    precision = 10 * torch.finfo(b.dtype).eps
-    options = {"atol": precision, "btol": precision, **options}
-    detached = values.detach()
-
-    def apply(x: Tensor) -> Tensor:
-        return system.matmul(detached, x)
-
-    def apply_adjoint(u: Tensor) -> Tensor:
-        return system.matmul(detached, u, adjoint=True)
-
-    def solver(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        rhs = f - lsmr((apply_adjoint, apply), g, **options).x if g.any() else f
-        x = lsmr((apply, apply_adjoint), rhs, **options).x
-        return f - apply(x), x
-
-    zero = b.new_zeros(n, *b.shape[1:])
-    return LeastSquares.apply(values, b, zero, system._factorizer, solver)[1]
+    return system_of(entries).lstsq(entries.values, b, damping=damping, method=method, **options)
 
 
-def _augmented(system: SparseSystem, values: Tensor, b: Tensor) -> Tensor:
-    pattern = system._factorizer.pattern
-    m, n = pattern.m, pattern.n
-    diagonal = np.arange(m, dtype=np.int32)
-    row = np.concatenate([diagonal, pattern.rows, m + pattern.columns])
-    column = np.concatenate([diagonal, m + pattern.columns, pattern.rows])
-    square = system_of(Entries((m + n, m + n), (row, column), None, values))
-    wide = torch.promote_types(b.dtype, torch.float64)
-    values, rhs = values.to(wide), torch.cat([b, b.new_zeros(n, *b.shape[1:])]).to(wide)
-    values = torch.cat([values.new_ones(m), values, values.conj()])
+def _triple(A: tuple[Any, ...]) -> tuple[Tensor, tuple[int, int], Tensor]:
+    if len(A) != 3 or not isinstance(A[0], Tensor) or not isinstance(A[2], Tensor):
+        raise TypeError("A must be a sparse matrix or a triple (indices, (m, n), values), indices and values tensors")
     try:
-        both = square.solve(values, rhs)
-    except SingularMatrixError as error:
-        blamed = error.column - m if error.column is not None and error.column >= m else None
-        raise SingularMatrixError(_DEFICIENT, blamed) from None
-    # Pivots on the identity: the error of both is eps cond(A)^2, as its step tells. The derivative is refined as well.
-    step = square.solve(values, rhs - square.matmul(values, both))
-    if not transformed():
-        _require_accurate(both[m:].detach(), step[m:].detach(), rhs.detach(), values[m:].detach())
-    return (both + step)[m:].to(b.dtype)
-
-
-def _require_accurate(x: Tensor, step: Tensor, b: Tensor, values: Tensor) -> None:
-    """The step tells the error of x, whose square is that of x + step. Where x is next to nothing it tells nothing."""
-    if x.numel():
-        x_size, step_size, b_size = (torch.linalg.vector_norm(t, dim=0) for t in (x, step, b))
-        if not (step_size <= 1e-3 * x_size + 1e-8 * b_size / values.abs().max()).all():
-            raise SingularMatrixError(_DEFICIENT)
+        m, n = map(operator.index, A[1])
+    except (TypeError, ValueError):
+        raise TypeError(f"A = (indices, (m, n), values) needs a pair of integers (m, n), got {A[1]!r}") from None
+    return A[0], (m, n), A[2]

@@ -19,9 +19,18 @@ both linear in each of their arguments, and each the derivative of the other:
 (for y = L(v)^H x: grad v = -outer(x, g), grad x = matvec(v, g)). So the operations factor, solve, outer and matvec are
 closed under differentiation: `Solve` calls `Outer` and `Matvec` and itself, and every higher derivative follows.
 
-Least squares. x minimizes |A x - b| where r = b - A x is orthogonal to the columns of A: r + A x = f, A^H r = g with
-f = b and g = 0. With any g this augmented system is its own adjoint, so that (rho, xi), its solution for the cotangents
-of (r, x), are the gradients of f and g, and grad A = -rho x^H - r xi^H (Golub and Pereyra 1973, eq. 4.12: g = 0).
+Least squares. B is A where it has at least as many rows as columns and A^H where not, and (r, x) = K^-1 (f, g) solves
+
+    r + B x = f,    B^H r - mu^2 x = g.                                           (augmented)
+
+Where B is A, f = b and g = 0, x minimizes |A x - b|^2 + mu^2 |x|^2 and r is what is left. Where B is A^H, f = 0 and
+g = b, r is the shortest solution of A r = b, or with mu that which minimizes |A r - b|^2 + mu^2 |r|^2. K is its own
+adjoint, so that (rho, xi) = K^-1 of the cotangents of (r, x) are the gradients of f and g, and
+
+    grad B = -rho x^H - r xi^H,    d(r, x) = K^-1 (df - dB x, dg - dB^H r).
+
+With z = A^+ A^+H g, y = A^+H x and h = g - A^H A^+H g for the cotangent g of the solution x this is
+-A^+H g x^H + r z^H for a tall A, and -A^+H g x^H + y h^H for a wide one (Golub and Pereyra 1973).
 
 Front ends. All of them are the same rules over a `Source`, which has the four operations:
 
@@ -53,7 +62,10 @@ if TYPE_CHECKING:
     from .convention import Convention
     from .factor import NumericFactor
 
-__all__ = ["LeastSquares", "Matvec", "Memo", "Outer", "Solve", "Source", "matmul", "seen", "silence", "solve"]
+__all__ = [
+    "LeastSquares", "LeastSquaresSource", "Matvec", "Memo", "Outer", "Solve", "Source", "least_squares", "matmul",
+    "seen", "silence", "solve",
+]  # fmt: skip
 
 
 def _requires_grad(a: Tensor, b: Tensor) -> bool:
@@ -141,6 +153,20 @@ def matmul(source: Source, values: Tensor, x: Tensor, vector: bool, adjoint: boo
         values, x = seen(values, x)
     y = Matvec.apply(values, x.unsqueeze(-1) if vector else x, source, adjoint, size)
     return y.squeeze(-1) if vector else y
+
+
+def least_squares(source: LeastSquaresSource, values: Tensor, b: Tensor, vector: bool) -> Tensor:
+    """x of least squares, differentiable in values and b; b is [*P, m] if vector, else [*P, m, k]."""
+    if has_torch_function(_MODE):
+        values, b = seen(values, b)
+    b = b.unsqueeze(-1) if vector else b
+    lead = torch.broadcast_shapes(b.shape[:-2], values.shape[:-1])
+    b = b.expand(*lead, *b.shape[-2:])
+    zero = b.new_zeros(*lead, source.shape[0 if source.wide else 1], b.shape[-1])
+    f, g = (zero, b) if source.wide else (b, zero)
+    r, x = LeastSquares.apply(values, f, g, source, Memo(()), True)
+    x = r if source.wide else x
+    return x.squeeze(-1) if vector else x
 
 
 def _sum_to(t: Tensor, shape: torch.Size) -> Tensor:
@@ -455,32 +481,85 @@ class Outer(Function):
         return _apply(Outer, *front, *rest), 0
 
 
+class LeastSquaresSource(Protocol):
+    """Operations of least squares; outer and matvec as in `Source`."""
+
+    convention: Convention
+    wide: bool  # B is A^H
+    shape: tuple[int, int]  # of B
+
+    def recall(self, memo: Memo, values: Tensor) -> Any:
+        """What `run` needs of these values, from memo or made now."""
+
+    def run(self, factor: Any, values: Tensor, f: Tensor, g: Tensor, check: bool) -> tuple[Tensor, Tensor]:
+        """(r, x) of the system (augmented). With check, f and g must be finite."""
+
+    def outer(self, u: Tensor, w: Tensor, vector: bool, nnz: int) -> Tensor: ...
+
+    def matvec(self, values: Tensor, x: Tensor, adjoint: bool, size: int) -> Tensor: ...
+
+
 class LeastSquares(Function):
-    """(r, x) with r + A x = f, A^H r = g by `solver(f, g)`; f, r are [m] or [m, k], g, x are [n] or [n, k]."""
+    """(r, x) with r + B x = f, B^H r - mu^2 x = g; f and r are [*P, p, k], g and x [*P, q, k], values [*B, nnz] whose
+    batch broadcasts to P."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        values: Tensor,
-        f: Tensor,
-        g: Tensor,
-        source: Source,
-        solver: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        values: Tensor, f: Tensor, g: Tensor, source: LeastSquaresSource, memo: Memo, check: bool
     ) -> tuple[Tensor, Tensor]:
-        r, x = solver(f, g)
-        ctx.save_for_backward(values, r, x)
-        ctx.source, ctx.solver = source, solver
-        return r, x
+        return source.run(source.recall(memo, values), values, f, g, check)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        values, f, g, source, memo, _ = inputs
+        ctx.source, ctx.memo = source, memo
+        ctx.save_for_backward(values, *output)
+        ctx.save_for_forward(values, f, g, *output)
 
     @staticmethod
     def backward(ctx: Any, grad_r: Tensor, grad_x: Tensor) -> Any:
         values, r, x = ctx.saved_tensors
-        rho, xi = LeastSquares.apply(values, grad_r, grad_x, ctx.source, ctx.solver)
+        source = ctx.source
+        rho, xi = LeastSquares.apply(values, grad_r, grad_x, source, ctx.memo, False)
         grad_values = None
         if ctx.needs_input_grad[0]:
-            vector, nnz = x.dim() == 1, values.shape[-1]
-            grad_values = Outer.apply(rho, x, ctx.source, vector, nnz) + Outer.apply(r, xi, ctx.source, vector, nnz)
-        return grad_values, rho, xi, None, None
+            pairs = ((x, rho), (xi, r)) if source.wide else ((rho, x), (r, xi))
+            first, second = (Outer.apply(u, w, source, False, values.shape[-1]) for u, w in pairs)
+            grad_values = _sum_to(first + second, values.shape)
+        return grad_values, rho, xi, None, None, None
+
+    @staticmethod
+    @in_forward_mode
+    def jvp(
+        ctx: Any, values_dot: Tensor | None, f_dot: Tensor | None, g_dot: Tensor | None, *_: Any
+    ) -> tuple[Tensor, Tensor]:
+        source = ctx.source
+        values, f, g, r, x = _primals(ctx.saved_tensors)
+        if not transformed() and torch.is_grad_enabled() and any(t.requires_grad for t in (values, f, g)):
+            r, x = LeastSquares.apply(values, f, g, source, ctx.memo, False)  # which have a history, see `_Solve.jvp`
+        f_dot = torch.zeros_like(r) if f_dot is None else f_dot
+        g_dot = torch.zeros_like(x) if g_dot is None else g_dot
+        if values_dot is not None:
+            p, q = source.shape
+            f_dot = f_dot - Matvec.apply(values_dot, x, source, source.wide, p)
+            g_dot = g_dot - Matvec.apply(values_dot, r, source, not source.wide, q)
+        return LeastSquares.apply(values, f_dot, g_dot, source, ctx.memo, False)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], values: Tensor, f: Tensor, g: Tensor, *rest: Any
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        def front(t: Tensor, dim: int | None) -> Tensor:
+            return t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+        f, g = front(f, in_dims[1]), front(g, in_dims[2])
+        if in_dims[0] is None:  # one matrix, many right-hand sides: more columns, [V, *P, p, k] -> [*P, p, k V]
+            columns = [t.movedim(0, -1).flatten(-2) for t in (f, g)]
+            r, x = (t.unflatten(-1, (-1, info.batch_size)) for t in LeastSquares.apply(values, *columns, *rest))
+            return (r, x), (r.dim() - 1, x.dim() - 1)
+        values = values.movedim(in_dims[0], 0)  # batch dimensions align from the right
+        values = values.reshape(values.shape[0], *[1] * (f.dim() - 1 - values.dim()), *values.shape[1:])
+        return LeastSquares.apply(values, f, g, *rest), (0, 0)
 
 
 def _apply(function: type[Function], a: Tensor, b: Tensor, *rest: Any) -> Tensor:
@@ -514,5 +593,10 @@ def _vmap_columns(
 
 for _function in (_Solve, Solve, Matvec, Outer, LeastSquares):
     hide(_function, "backward")
-for _function in (Solve, Matvec, Outer):  # torch asks for it at every call, and Python would make it anew: 15 us
+for _function in (
+    Solve,
+    Matvec,
+    Outer,
+    LeastSquares,
+):  # torch asks for it at every call, and Python would make it anew: 15 us
     _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]

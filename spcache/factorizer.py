@@ -45,13 +45,16 @@ class Factorizer:
     Args:
         pattern, options: those of the system; options are not validated again.
         orderings: found by an earlier system of the same pattern.
+        stats: counters of somebody else, whose work this does.
     """
 
-    def __init__(self, pattern: Pattern, options: dict[str, Any], orderings: Orderings | None = None):
+    def __init__(
+        self, pattern: Pattern, options: dict[str, Any], orderings: Orderings | None = None, stats: Stats | None = None
+    ):
         self.pattern = pattern
         self.options = options
         self.orderings = orderings or {}
-        self.stats = Stats(nnz=pattern.nnz)
+        self.stats = Stats(nnz=pattern.nnz) if stats is None else stats
         self.keep_factor: bool = options["keep_factor"]
         self._kind: str = options["kind"]
         self.checks: bool = options["check"]
@@ -61,9 +64,9 @@ class Factorizer:
         mirror = {"spd": CONJUGATED, "hermitian": CONJUGATED, "symmetric": TRANSPOSED}.get(self._kind, NONE)
         self.convention = Convention(pattern, mirror, options["triangle"] is not None)
 
-    def copy(self) -> Factorizer:
-        """Shares the pattern and the plans; counters and factors start anew."""
-        new = Factorizer(self.pattern, self.options, self.orderings)
+    def copy(self, stats: Stats | None = None) -> Factorizer:
+        """Shares the pattern and the plans; counters (unless they are given) and factors start anew."""
+        new = Factorizer(self.pattern, self.options, self.orderings, stats)
         for key, pool in list(self._pools.items()):
             new._pools[key] = pool.renewed(new.stats)
         return new
@@ -386,7 +389,7 @@ class Factorizer:
         if self.pattern.m != self.pattern.n:
             raise ValueError(
                 f"solve needs a square matrix, this system has shape {(self.pattern.m, self.pattern.n)}; "
-                "only matmul is defined for it"
+                "lstsq is least squares with it, matmul a product"
             )
 
     def check_product(self, values: Tensor, x: Tensor, vector: bool | None, adjoint: bool) -> bool:

@@ -19,7 +19,7 @@ from .pattern import Pattern
 from .plans import plan_cache
 from .system import SparseSystem
 
-__all__ = ["matmul", "require_square", "solve", "solve_triangular", "system_of"]
+__all__ = ["find_system", "matmul", "require_square", "solve", "solve_triangular", "system_of"]
 
 
 def solve(A: Any, b: Tensor, *, kind: str = "auto") -> Tensor:
@@ -59,7 +59,7 @@ def solve(A: Any, b: Tensor, *, kind: str = "auto") -> Tensor:
         n = b.shape[-1 if vector else -2]
         if recorded():
             return traced_solve(torch.ops.spcache.system(indices, n, kind), None, values, b, vector, False, True, True)
-        return _find(indices, n, kind).solve(values, b)
+        return find_system(indices, (n, n), kind).solve(values, b)
     return _solve_matrix(A, b, kind)
 
 
@@ -200,22 +200,33 @@ def system_of(entries: Entries, kind: str = "general") -> SparseSystem:
     return plan_cache.find(key, build)[0]
 
 
-def _find(indices: Tensor, n: int, kind: str) -> SparseSystem:
-    """The system of a pair's indices."""
+def find_system(indices: Tensor, shape: tuple[int, int], kind: str = "general") -> SparseSystem:
+    """The system of COO indices, from the plan cache."""
     if indices.layout is not torch.strided or indices.dim() != 2 or indices.shape[0] != 2:
         raise ValueError(f"indices must be a dense tensor of shape (2, nnz), got {tuple(indices.shape)}")
     row, column = read(indices, lambda t: t.detach().cpu().numpy())
-    return system_of(Entries((n, n), (row, column), None, indices), kind)
+    return system_of(Entries(shape, (row, column), None, indices), kind)
 
 
 @operator("system", "(Tensor indices, SymInt n, str kind) -> Tensor")
 def _system(indices: Tensor, n: int, kind: str) -> Tensor:
     """The handle of a system in the plan cache."""
-    return system_handle(_find(indices, n, kind)._factorizer)
+    return system_handle(find_system(indices, (n, n), kind)._factorizer)
 
 
 @torch.library.register_fake("spcache::system")
 def _(indices: Tensor, n: int, kind: str) -> Tensor:
+    return torch.empty(1, dtype=torch.int64, device="cpu")
+
+
+@operator("fitter", "(Tensor indices, SymInt m, SymInt n) -> Tensor")
+def _fitter(indices: Tensor, m: int, n: int) -> Tensor:
+    """The handle of least squares with a system in the plan cache."""
+    return system_handle(find_system(indices, (m, n))._fitter)
+
+
+@torch.library.register_fake("spcache::fitter")
+def _(indices: Tensor, m: int, n: int) -> Tensor:
     return torch.empty(1, dtype=torch.int64, device="cpu")
 
 

@@ -13,7 +13,7 @@ gets the operators of all derivatives from the Functions of autograd.py.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,12 @@ from .errors import MODIFIED
 from .memory import plain
 from .torch_private import below_autograd, dispatch_modes, forward_mode_on, in_dual_level, traced, transformed
 
-__all__ = ["Traced", "is_vector", "operator", "recorded", "traced_matmul", "traced_solve"]
+__all__ = [
+    "Traced", "TracedLeastSquares", "is_vector", "operator", "recorded", "traced_least_squares", "traced_matmul",
+    "traced_solve",
+]  # fmt: skip
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def _refuse_dual_level() -> None:
@@ -40,11 +45,11 @@ def _refuse_dual_level() -> None:
         )
 
 
-def operator(name: str, schema: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+def operator(name: str, schema: str) -> Callable[[_F], _F]:
     """Defines spcache::name by the decorated function. `torch.library.custom_op` would do, at five times the cost of a
     call (12 us instead of 2.5)."""
 
-    def define(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def define(function: _F) -> _F:
         torch.library.define(f"spcache::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(f"spcache::{name}", "default", function)
         return function
@@ -139,6 +144,25 @@ def _(u: Tensor, w: Tensor, system: Tensor, vector: bool, nnz: int) -> Tensor:
     return u.new_empty(*u.shape[: -1 if vector else -2], nnz)
 
 
+@operator(
+    "least_squares",
+    "(Tensor values, Tensor f, Tensor g, Tensor fitter, float damping, str method, bool check) -> (Tensor, Tensor)",
+)
+def _least_squares(
+    values: Tensor, f: Tensor, g: Tensor, fitter: Tensor, damping: float, method: str, check: bool
+) -> tuple[Tensor, Tensor]:
+    """`LeastSquaresSource.run`, for values whose factor is found by exact comparison, or made."""
+    _refuse_dual_level()
+    return handles.system_of(fitter).run_recorded(values, f, g, damping, method, check)
+
+
+@torch.library.register_fake("spcache::least_squares")
+def _(
+    values: Tensor, f: Tensor, g: Tensor, fitter: Tensor, damping: float, method: str, check: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(f), torch.empty_like(g)
+
+
 _ops = torch.ops.spcache
 
 
@@ -187,6 +211,27 @@ class Traced:
 
     def require_finite(self, name: str, t: Tensor) -> None:
         """The operators see to it."""
+
+
+class TracedLeastSquares(Traced):
+    """A `LeastSquaresSource` made of the operators.
+
+    Args:
+        fitter: its handle.
+        shape: (m, n) of A.
+    """
+
+    def __init__(self, fitter: Tensor, shape: tuple[int, int], damping: float, method: str):
+        super().__init__(fitter)
+        self.wide = shape[0] < shape[1]
+        self.shape = shape[::-1] if self.wide else shape
+        self.damping, self.method = damping, method
+
+    def recall(self, memo: autograd.Memo, values: Tensor, b: Tensor | None = None) -> Any:
+        return None
+
+    def run(self, factor: Any, values: Tensor, f: Tensor, g: Tensor, check: bool) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return _ops.least_squares(values, f, g, self.system, self.damping, self.method, check)
 
 
 def _differentiable(
@@ -271,3 +316,13 @@ def traced_matmul(system: Tensor, values: Tensor, x: Tensor, vector: bool, adjoi
     if _eager(system, values, x):
         return handles.system_of(system).matmul(values, x, adjoint)
     return autograd.matmul(Traced(system), values, x, vector, adjoint, size)
+
+
+@in_graph
+def traced_least_squares(
+    fitter: Tensor, values: Tensor, b: Tensor, vector: bool, m: int, n: int, damping: float, method: str
+) -> Tensor:
+    """`SparseSystem.lstsq`."""
+    if _eager(fitter, values, b):
+        return handles.system_of(fitter).solve(values, b, damping, method, {}, vector)
+    return autograd.least_squares(TracedLeastSquares(fitter, (m, n), damping, method), values, b, vector)

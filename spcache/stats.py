@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 __all__ = ["Stats"]
@@ -28,6 +29,10 @@ class Stats:
         bytes: memory of the pattern, the plans and the factors this system holds or keeps idle.
         engine: name of the engine that served last ("" before the first factorization).
         ordering: the fill-reducing ordering it used.
+        lstsq_path: what the last factorization for least squares ended in: "normal" (semi-normal equations by Cholesky)
+            or "augmented" (the augmented system, with pivoting); "" before.
+        lstsq_condition: its estimate of the condition number of A, columns (of a wide A, rows) scaled; the largest of a
+            batch; NaN where nothing is checked.
         seconds: time spent per phase: "analyze", "factorize", "solve".
     """
 
@@ -45,4 +50,6 @@ class Stats:
     bytes: int = 0
     engine: str = ""
     ordering: str = ""
+    lstsq_path: str = ""
+    lstsq_condition: float = math.nan
     seconds: dict[str, float] = field(default_factory=lambda: {"analyze": 0.0, "factorize": 0.0, "solve": 0.0})

@@ -15,7 +15,8 @@ from .engines import KINDS, engine_for
 from .factor import Factor
 from .factorizer import Factorizer
 from .handles import system_handle
-from .library import is_vector, recorded, traced_matmul, traced_solve
+from .least_squares import Fitter
+from .library import is_vector, recorded, traced_least_squares, traced_matmul, traced_solve
 from .pattern import Pattern
 from .stats import Stats
 
@@ -32,7 +33,7 @@ class SparseSystem:
     Args:
         indices: [2, nnz; int32|int64] row and column of each entry: torch or NumPy, any order. Entries at the same
             place add up, and the gradient reaches each of them.
-        n: order of the matrix; or (m, n), rows and columns, of which only `matmul` is defined unless m == n.
+        n: order of the matrix; or (m, n), rows and columns: `lstsq` and `matmul` are defined, the rest if m == n.
         kind: what is known of A, and what its gradient means (see Notes):
             "auto": nothing. Values that are Hermitian to rounding with a positive diagonal are tried with
                 Cholesky; everything else is factorized with pivoting. One choice per call, for the whole batch.
@@ -116,10 +117,13 @@ class SparseSystem:
             _require_partners(pattern, kind, triangle)
         self._start(Factorizer(pattern, options))
 
-    def _start(self, factorizer: Factorizer) -> None:
+    def _start(self, factorizer: Factorizer, fitter: Fitter | None = None) -> None:
         self._factorizer = factorizer
+        self._fitter = Fitter(factorizer) if fitter is None else fitter
         self._handle = system_handle(factorizer)  # what the system is under torch.compile, where
+        self._fitter_handle = system_handle(self._fitter)
         self._square = factorizer.pattern.m == factorizer.pattern.n  # its numbers would become constants
+        self._general = factorizer.options["kind"] in ("auto", "general")
         self._flags = factorizer.keep_factor, factorizer.checks
 
     @classmethod
@@ -200,6 +204,62 @@ class SparseSystem:
             return Factor(self._factorizer, self._handle, None, values.clone())
         return Factor(self._factorizer, self._handle, self._factorizer.factorize(values), values)
 
+    def lstsq(self, values: Tensor, b: Tensor, *, damping: float = 0.0, method: str = "auto", **options: Any) -> Tensor:
+        """x that minimizes |A x - b|^2 + damping^2 |x|^2, differentiable in values and b to any order.
+
+        A [m, n] must have full rank (columns where m >= n, rows where m < n) unless there is damping. Without damping
+        a wide A (m < n) gives the shortest x with A x = b. For kind "auto" and "general".
+
+        Args:
+            values: [*B, nnz; float32|float64|complex64|complex128]; float32 and complex64 are computed in double.
+            b: [m], [*B, m] or [*P, m, k], same dtype, as in `solve`.
+            damping: mu, a number, not negative; in the units of A. There is no derivative in it.
+            method: "auto" (or "direct"): the corrected semi-normal equations: Cholesky of A^H A (A A^H where m < n),
+                refined until x is as good as QR would make it; where the estimated condition number (columns
+                scaled) is beyond about 3e6, or a few long rows would fill A^H A, the augmented system
+                [[alpha I, A], [A^H, 0]], with pivoting, up to about 1e13. `stats.lstsq_path` says which it was,
+                `stats.lstsq_condition` the estimate; one path for a whole batch.
+                "normal", "augmented": that one or an error. "lsmr": iterative, no factorization.
+            options: for "lsmr", those of `spcache.iterative.lsmr`, forward and backward: atol, btol (default here: ten
+                times the precision of b), conlim, maxiter, callback, check.
+
+        Returns:
+            x: [n], [*P, n] or [*P, n, k].
+
+        Raises:
+            SingularMatrixError: the rank is not full, or too near to that (check=True), with the batch index and
+                a column (a row where m < n) that depends on others.
+            NotConvergedError: lsmr did not converge (its check=True).
+            ValueError, TypeError: as `solve`; the kind; damping; method.
+
+        Cost: equal values again: a comparison, and two triangular solves with four products, or more of them where A is
+        ill-conditioned. New values: the products of A^H A (their places are found once), one Cholesky
+        factorization and one triangular solve more. Backward: as equal values again, and O(nnz). CUDA tensors are
+        copied to the CPU and back ("lsmr": computed where they are).
+
+        References: least_squares.py; for the derivative Golub & Pereyra (1973), doi:10.1137/0710036.
+
+        Example:
+            >>> import torch, spcache
+            >>> line = spcache.SparseSystem(torch.tensor([[0, 1, 1, 2, 2], [0, 0, 1, 0, 1]]), (3, 2))
+            >>> line.lstsq(torch.tensor([1.0, 1.0, 1.0, 1.0, 2.0]), torch.tensor([1.0, 3.0, 5.0]))  # 1 + 2 t
+            tensor([1., 2.])
+        """
+        if not self._general:
+            raise ValueError(
+                f"lstsq needs kind='auto' or 'general', this system has {self._factorizer.options['kind']!r}"
+            )
+        if recorded():
+            if options:
+                raise TypeError(
+                    f"recorded code (torch.compile, make_fx) takes no options of lsmr, got {', '.join(options)}"
+                )
+            m, n = self.shape
+            return traced_least_squares(
+                self._fitter_handle, values, b, is_vector(values, b), m, n, float(damping), method
+            )
+        return self._fitter.solve(values, b, damping, method, options)
+
     def matmul(self, values: Tensor, x: Tensor, *, adjoint: bool = False) -> Tensor:
         """y = S x for the very matrix S that `solve` inverts (see the table in `SparseSystem`); adjoint: S^H x.
 
@@ -235,15 +295,17 @@ class SparseSystem:
     @property
     def nbytes(self) -> int:
         """Memory of the pattern, the plans, and the factors held or kept idle."""
-        return self._factorizer.nbytes
+        return self._factorizer.nbytes + self._fitter.nbytes
 
     def clear(self) -> None:
         """Lets go of the factor this system holds and of idle storage. Plans stay; so do factors in use elsewhere."""
         self._factorizer.clear()
+        self._fitter.clear()
 
     def trim(self) -> None:
         """Lets go of idle storage, keeps the factor."""
         self._factorizer.trim()
+        self._fitter.trim()
 
     def __repr__(self) -> str:
         m, n = self.shape
@@ -274,7 +336,8 @@ class SparseSystem:
         """Shares the immutable pattern and plans; counters and factors start anew."""
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
-        new._start(self._factorizer.copy())
+        factorizer = self._factorizer.copy()
+        new._start(factorizer, self._fitter.copy(factorizer))
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseSystem:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 __all__ = [
@@ -25,6 +24,7 @@ __all__ = [
     "transformed",
 ]
 
+_R = TypeVar("_R")
 
 try:
     _interpreter = torch._C._functorch.peek_interpreter_stack
@@ -69,12 +69,12 @@ else:
 
 if hasattr(forward_ad, "_set_fwd_grad_enabled"):
 
-    def in_forward_mode(jvp: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def in_forward_mode(jvp: Callable[..., _R]) -> Callable[..., _R]:
         """Decorator of a `jvp`. torch switches forward mode off around one, which would lose the tangents of an
         enclosing forward-mode level without an error."""
 
         @functools.wraps(jvp)
-        def switched_on(*args: Any) -> Tensor:
+        def switched_on(*args: Any) -> _R:
             with forward_ad._set_fwd_grad_enabled(True):
                 return jvp(*args)
 
@@ -82,9 +82,9 @@ if hasattr(forward_ad, "_set_fwd_grad_enabled"):
 
 else:
 
-    def in_forward_mode(jvp: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def in_forward_mode(jvp: Callable[..., _R]) -> Callable[..., _R]:
         @functools.wraps(jvp)
-        def switched_on(*args: Any) -> Tensor:
+        def switched_on(*args: Any) -> _R:
             # To end inference mode switches forward mode on, and reverse mode, which stays as it is.
             reverse = torch.is_grad_enabled()
             with torch.inference_mode(False), torch.set_grad_enabled(reverse):

@@ -22,6 +22,7 @@ LEVELS = [
     ["_lstsq", "_operators"],
     ["functional"],
     ["system"],
+    ["least_squares"],
     ["factorizer"],
     ["device"],
     ["factor"],
@@ -32,13 +33,14 @@ LEVELS = [
     ["pattern"],
     ["engines"],
     ["engines.multifrontal", "engines.klu", "engines.cudss"],
-    ["memory", "engines.protocol", "_pattern", "engines._multifrontal", "engines._klu", "engines._cudss"],
+    ["memory", "engines.protocol", "_pattern", "_normal", "engines._multifrontal", "engines._klu", "engines._cudss"],
     ["errors", "version", "dynamo", "torch_private"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 NATIVE = {  # module -> who may import it
-    "_pattern": ["pattern", "factorizer", "factor", "device", "engines.klu", "engines.multifrontal"],
+    "_pattern": ["pattern", "factorizer", "factor", "device", "least_squares", "engines.klu", "engines.multifrontal"],
+    "_normal": ["least_squares"],
     "engines._klu": ["engines.klu"],
     "engines._cudss": ["engines.cudss"],
     "engines._multifrontal": ["engines.multifrontal"],

@@ -114,10 +114,10 @@ def test_the_default_is_direct(scale, residual):
 
 
 def test_direct_of_ill_conditioned():
-    """One step of refinement makes what loses digits as the normal equations do as good as QR, derivatives too. Beyond
-    that it raises."""
+    """Refinement makes what loses digits as the normal equations do as good as QR, derivatives too; the augmented system
+    goes on where they end. Beyond that it raises."""
     U, _, V = torch.linalg.svd(torch.randn(30, 10).double(), full_matrices=False)
-    for digits, tolerance in (6, 1e-9), (7, 1e-7):
+    for digits, tolerance in (6, 1e-9), (7, 1e-7), (10, 1e-1):
         D = U @ torch.diag(torch.logspace(0, -digits, 10).double()) @ V
         b, g = torch.randn(30, requires_grad=True).double(), torch.randn(10).double()
         x = spcache.lstsq(D.to_sparse(), b)
@@ -125,7 +125,7 @@ def test_direct_of_ill_conditioned():
         assert (x - expected).norm() <= tolerance * expected.norm()
         (lam,) = torch.autograd.grad(x, b, g)
         assert (D.T @ lam - g).norm() <= 1e-8 * D.norm() * lam.norm()
-    for digits in 10, 14:
+    for digits in 14, 17:
         D = U @ torch.diag(torch.logspace(0, -digits, 10).double()) @ V
         with pytest.raises(spcache.SingularMatrixError, match="A has no full column rank, or is too near to that"):
             spcache.lstsq(D.to_sparse(), torch.randn(30).double())
@@ -137,7 +137,9 @@ def test_a_rank_that_is_not_full():
         whole = torch.cat([D, last], 1)
         stored = torch.sparse_coo_tensor(torch.ones(20, 4).nonzero().T, whole.flatten(), (20, 4), is_coalesced=True)
         for A in stored, whole.to_sparse():
-            with pytest.raises(spcache.SingularMatrixError, match="A has no full column rank.*method='lsmr'") as caught:
+            with pytest.raises(
+                spcache.SingularMatrixError, match="A has no full column rank.*damping=.*method='lsmr'"
+            ) as caught:
                 spcache.lstsq(A, torch.ones(20).double())
             assert caught.value.column is None or 0 <= caught.value.column < 4
 
@@ -162,12 +164,18 @@ def test_torch_func():
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        ((torch.eye(3)[:2].to_sparse(), torch.ones(2)), {}, ValueError, "at least as many rows as columns, got shape .2, 3."),
+        ((torch.eye(3).to_sparse(), torch.ones(3)), {"damping": -1.0}, ValueError, "damping must be finite and not negative, got -1.0"),
+        ((torch.eye(3).to_sparse(), torch.ones(3)), {"damping": "a"}, TypeError, "damping must be a number, got 'a'"),
+        ((torch.eye(3).to_sparse(), torch.ones(3)), {"damping": torch.ones(1, requires_grad=True)}, ValueError, "no derivative in it"),
+        (((torch.zeros(2, 1).long(), torch.ones(1)), torch.ones(3)), {}, TypeError, r"a triple \(indices, \(m, n\), values\)"),
+        (((torch.zeros(2, 1).long(), 3, torch.ones(1)), torch.ones(3)), {}, TypeError, r"a pair of integers \(m, n\), got 3"),
+        (((torch.zeros(2, 1).long(), (3, 2), torch.ones(1)), torch.ones(2)), {}, ValueError, r"b of shape \(2,\) does not fit values"),
+        (((torch.zeros(2, 1).long(), (3, 2), torch.full((1,), torch.inf)), torch.ones(3)), {}, ValueError, "values must be finite"),
         ((torch.eye(3), torch.ones(3)), {}, TypeError, "A must be a sparse matrix, got a dense tensor"),
         ((torch.eye(3).to_sparse(), torch.ones(2)), {}, ValueError, r"b must have shape \(3,\) or \(3, k\), got \(2,\)"),
         ((torch.eye(3).to_sparse(), [1.0]), {}, TypeError, "b must be a torch.Tensor, got list"),
         ((torch.eye(3).to_sparse(), torch.ones(3).double()), {}, TypeError, "b must have the dtype of A, torch.float32"),
-        ((torch.eye(3).to_sparse(), torch.ones(3)), {"method": "qr"}, ValueError, "method must be one of 'auto', 'lsmr'"),
+        ((torch.eye(3).to_sparse(), torch.ones(3)), {"method": "qr"}, ValueError, "method must be one of 'auto', 'direct', 'normal', 'augmented', 'lsmr', got 'qr'"),
         ((torch.eye(3).to_sparse(), torch.ones(3)), {"method": "direct", "atol": 1.0}, TypeError, "options are for method='lsmr'; method='direct' has none, got atol"),
         ((torch.eye(3).to_sparse(), torch.full((3,), torch.nan)), {}, ValueError, "finite"),
     ],

@@ -269,9 +269,32 @@ def sparse_generic_lstsq(
             return shift, x  # f - A x, more accurately
         return f - direct(x), x
 
-    X = autograd.LeastSquares.apply(entries.values, B, B.new_zeros(n, *B.shape[1:]), system._factorizer, solver)[1]
+    source = _LeastSquares(system._factorizer, solver, B.dim() == 1)
+    f = B.unsqueeze(-1) if source.vector else B
+    X = autograd.LeastSquares.apply(entries.values, f, f.new_zeros(n, f.shape[1]), source, autograd.Memo(()), False)[1]
+    X = X.squeeze(-1) if source.vector else X
     _refuse_backward(X, lambda: m < n, f"A should be a tall full-rank matrix. Got A.shape={A.shape}")
     return X
+
+
+class _LeastSquares:
+    """A `LeastSquaresSource` by a solver of the user's, which gets vectors where B is one."""
+
+    wide = False
+
+    def __init__(self, factorizer: Any, solver: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], vector: bool):
+        self.solver, self.vector = solver, vector
+        self.convention, self.outer, self.matvec = factorizer.convention, factorizer.outer, factorizer.matvec
+        self.shape = factorizer.pattern.m, factorizer.pattern.n
+
+    def recall(self, memo: autograd.Memo, values: Tensor) -> None:
+        return None
+
+    def run(self, factor: None, values: Tensor, f: Tensor, g: Tensor, check: bool) -> tuple[Tensor, Tensor]:
+        if not self.vector:
+            return self.solver(f, g)
+        r, x = self.solver(f.squeeze(-1), g.squeeze(-1))
+        return r.unsqueeze(-1), x.unsqueeze(-1)
 
 
 def _conj(x: Tensor) -> Tensor:
