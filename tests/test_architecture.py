@@ -31,17 +31,27 @@ LEVELS = [
     ["convention"],
     ["pattern"],
     ["engines"],
+    ["engines.ldl"],
     ["engines.multifrontal", "engines.klu", "engines.cudss"],
-    ["memory", "engines.protocol", "_pattern", "engines._multifrontal", "engines._klu", "engines._cudss"],
+    [
+        "memory",
+        "engines.protocol",
+        "_pattern",
+        "engines._multifrontal",
+        "engines._ldl",
+        "engines._klu",
+        "engines._cudss",
+    ],
     ["errors", "version", "dynamo", "torch_private"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 NATIVE = {  # module -> who may import it
-    "_pattern": ["pattern", "factorizer", "factor", "device", "engines.klu", "engines.multifrontal"],
+    "_pattern": ["pattern", "factorizer", "factor", "device", "engines.klu", "engines.ldl", "engines.multifrontal"],
+    "engines._ldl": ["engines.ldl"],
     "engines._klu": ["engines.klu"],
     "engines._cudss": ["engines.cudss"],
-    "engines._multifrontal": ["engines.multifrontal"],
+    "engines._multifrontal": ["engines.multifrontal", "engines.ldl"],
 }
 
 
