@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ._pattern import Assembly, Loan, ValuesCopy
+from .convention import TRANSPOSED
+from .engines import ldl, multifrontal
 from .engines.protocol import DTYPE_CODES, Failure, Storage, SymbolicFactor
 from .errors import MODIFIED
 from .handles import factor_handle
@@ -246,6 +248,30 @@ class Factor:
             return self._numeric.plan.nnz
         self._require_data()
         return 0
+
+    @property
+    def inertia(self) -> Tensor:
+        """[*B, 3; int64] how many eigenvalues are positive and how many negative, and how many signs are not known,
+        because pivots that came out as nearly zero were replaced.
+
+        Raises:
+            RuntimeError: the factorization does not tell: kind "general", complex numbers with kind "symmetric", a
+                matrix that needed LU, CUDA.
+        """
+        numeric, convention = self._numeric, self._factorizer.convention
+        if numeric is None:
+            self._require_data()
+        storage: Any = None if numeric is None else numeric.storage
+        if numeric is not None and numeric.failures is None:
+            batch = numeric.batch_shape
+            if isinstance(storage, multifrontal.Storage):
+                return torch.tensor([numeric.n, 0, 0], device="cpu").expand(*batch, 3).clone()
+            if isinstance(storage, ldl.Storage) and not (numeric.dtype.is_complex and convention.mirror == TRANSPOSED):
+                return torch.from_numpy(storage.inertia()).view(*batch, 3)
+        raise RuntimeError(
+            "the signs of the eigenvalues are known of factors L L^H and L D L^H only: those of kinds 'spd', "
+            "'hermitian' and, with real numbers, 'symmetric', where the matrix needed no LU (stats.engine) and has a factor"
+        )
 
     def _require_data(self) -> None:
         if self._values.numel():

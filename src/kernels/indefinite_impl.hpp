@@ -124,10 +124,6 @@ class Pivoting {
     R quality = -1;  // 1 / largest multiplier
     int64_t c = -1, r = -1;
   };
-  struct Column {
-    R above = 0, all = 0;  // largest entry off the diagonal, in the window and anywhere
-    int64_t at = -1;       // where the first of these is
-  };
 
   T* const P;
   const int64_t m, k;
@@ -190,19 +186,28 @@ class Pivoting {
     if (H) to[c] = T(real(to[c]));
   }
 
-  // Its largest entries; row `not_this` counts for nothing either.
-  Column look(const T* x, int64_t c, int64_t not_this = -1) {
-    Column found;
+  // Its largest entry off the diagonal, row `r` not counted either.
+  R largest_off(const T* x, int64_t c, int64_t r = -1) {
+    const int64_t a = r < 0 || c < r ? c : r, b = r < 0 || c > r ? c : r;
+    R most = largest(x + j, a - j);
+    auto raise = [&](R value) { most = value > most ? value : most; };
+    if (b > a) raise(largest(x + a + 1, b - a - 1));
+    raise(largest(x + b + 1, m - b - 1));
+    return most;
+  }
+  void note(R size) {
+    if (size > report.growth) report.growth = size;
+  }
+
+  // The row of its largest entry off the diagonal that is in the window, -1 where there is none.
+  int64_t partner(const T* x, int64_t c) const {
+    R most = 0;
+    int64_t at = -1;
     for (int64_t i = j; i < end; i++) {
-      if (i == c || i == not_this) continue;
       const R a = size_of(x[i]);
-      if (a > found.above) found.above = a, found.at = i;
+      if (a > most && i != c) most = a, at = i;
     }
-    found.all = largest(x + end, m - end);
-    found.all = found.all > found.above ? found.all : found.above;
-    const R growth = found.all > size_of(x[c]) ? found.all : size_of(x[c]);
-    if (growth > report.growth) report.growth = growth;
-    return found;
+    return at;
   }
 
   static R quality_of(T a, R off) {
@@ -241,24 +246,26 @@ class Pivoting {
   // Looks at column c, and at that of its largest entry. True: `best` is stable, its columns are in X and Y.
   bool consider(int64_t c, Pivot& best) {
     constexpr R stable = R(STABLE);
-    compute(c, X);
-    const Column x = look(X, c);
     auto better = [&](R quality, int64_t a, int64_t b) {
       if (quality > best.quality) best = {quality, a, b};
       return quality >= stable;
     };
-    if (better(quality_of(X[c], x.all), c, -1)) return true;
-    if (x.at < 0) return false;
-    const int64_t r = x.at;
+    auto alone = [&](const T* x, int64_t a) {
+      const R off = largest_off(x, a), size = size_of(x[a]);
+      note(off > size ? off : size);
+      return better(quality_of(x[a], off), a, -1);
+    };
+    compute(c, X);
+    if (alone(X, c)) return true;
+    const int64_t r = partner(X, c);
+    if (r < 0) return false;
     compute(r, Y);
-    const Column y = look(Y, r);
-    if (better(quality_of(Y[r], y.all), r, -1)) {
+    if (alone(Y, r)) {
       T* swap = X;
       X = Y, Y = swap;
       return true;
     }
-    const Column p = look(X, c, r), q = look(Y, r, c);
-    return better(quality_of(X[c], X[r], Y[r], p.all, q.all), c, r);
+    return better(quality_of(X[c], X[r], Y[r], largest_off(X, c, r), largest_off(Y, r, c)), c, r);
   }
 
   void take(const Pivot& pivot) {

@@ -20,7 +20,7 @@ namespace {
 constexpr int64_t PARALLEL_SOLVE_FROM = 1 << 19;  // numbers in the factor
 
 // Solves are refined unless pivots were stable and what was left of the matrix did not grow beyond this.
-constexpr double GROWTH_GOOD = 32;
+constexpr double GROWTH_GOOD = 8;
 // Refinement ends at an error of so many eps: at GOOD at once, at ENOUGH where a step gains less than GAIN.
 constexpr double GAIN = 0.3, GOOD = 2, ENOUGH = 32;
 constexpr int MOST_STEPS = 12;
