@@ -270,7 +270,8 @@ class Factor:
                 return torch.from_numpy(storage.inertia()).view(*batch, 3)
         raise RuntimeError(
             "the signs of the eigenvalues are known of factors L L^H and L D L^H only: those of kinds 'spd', "
-            "'hermitian' and, with real numbers, 'symmetric', where the matrix needed no LU (stats.engine) and has a factor"
+            "'hermitian' and, with real numbers, 'symmetric', where the matrix needed no LU (stats.engine) "
+            "and has a factor"
         )
 
     def _require_data(self) -> None:
