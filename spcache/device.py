@@ -84,6 +84,7 @@ class DeviceFactor(NumericFactor):
 
     def __init__(self, pool: DevicePool, loan: Loan, values: Tensor, kept: Tensor):
         self._loan, self._pool, self._kept = loan, pool, kept
+        self._careful = self._substitute = None
         self._stats = pool.stats
         self._address, self._device = values.data_ptr(), values.device
         self.plan, self.n, self.storage = pool.plan, pool.n, loan.storage

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
 import weakref
+from collections.abc import Callable
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ._pattern import Assembly, Loan, ValuesCopy
+from .convention import TRANSPOSED
+from .engines import ldl, multifrontal
 from .engines.protocol import DTYPE_CODES, Failure, Storage, SymbolicFactor
 from .errors import MODIFIED
 from .handles import factor_handle
@@ -41,8 +45,8 @@ class NumericFactor:
     """
 
     __slots__ = (
-        "__weakref__", "_copy", "_loan", "_stats", "_threads", "batch_shape", "dtype", "failed", "failures", "finite",
-        "n", "plan", "storage",
+        "__weakref__", "_careful", "_copy", "_loan", "_stats", "_substitute", "_threads", "batch_shape", "dtype",
+        "failed", "failures", "finite", "n", "plan", "storage",
     )  # fmt: skip
 
     def __init__(self, pool: Pool, loan: Loan, values: Tensor):
@@ -50,6 +54,8 @@ class NumericFactor:
         self._copy: ValuesCopy = loan.copy
         self._stats = pool.stats
         self._threads = pool.threads
+        self._careful = pool.careful
+        self._substitute: NumericFactor | None = None
         self.plan = pool.plan
         self.n = pool.n
         self.storage: Storage = loan.storage
@@ -63,7 +69,8 @@ class NumericFactor:
 
     @property
     def nbytes(self) -> int:
-        return self.storage.nbytes + self._copy.nbytes
+        substitute = self._substitute.nbytes if self._substitute is not None else 0
+        return self.storage.nbytes + self._copy.nbytes + substitute
 
     def same_values(self, values: Tensor) -> bool:
         """Whether these are the very values factorized here: shape, type and every bit."""
@@ -90,11 +97,21 @@ class NumericFactor:
         x = torch.empty_like(b)
         start = perf_counter()
         width, threads = 1 if vector else b.shape[-1], self._threads or torch.get_num_threads()
-        self.storage.solve(b.data_ptr(), x.data_ptr(), math.prod(lead), width, factors, adjoint, threads)
+        steps = self.storage.solve(b.data_ptr(), x.data_ptr(), math.prod(lead), width, factors, adjoint, threads) or 0
         stats = self._stats
         stats.seconds["solve"] += perf_counter() - start
         stats.solves += 1
+        stats.refinements += steps if steps >= 0 else ~steps
+        if steps < 0 and self._careful is not None:
+            if self._substitute is None:
+                self._substitute = self._careful(self._factorized())
+            return self._substitute.solve(b, vector, adjoint)
         return x
+
+    def _factorized(self) -> Tensor:
+        """The values factorized here."""
+        memory = (ctypes.c_char * self._copy.nbytes).from_address(self._copy.address)
+        return torch.frombuffer(memory, dtype=self.dtype).view(*self.batch_shape, -1).clone()
 
     def _refuse_dtype(self, b: Tensor) -> NoReturn:
         raise RuntimeError(
@@ -121,6 +138,9 @@ class Pool:
         assembly: how this system's values get into its storage.
         stats: the system's counters.
         threads: how many threads a factorization may use; None: as many as torch does.
+
+    Attributes:
+        careful: makes another factor of values where refinement with one of these has stalled; None: nothing does.
     """
 
     def __init__(self, n: int, plan: SymbolicFactor, assembly: Assembly, stats: Stats, threads: int | None):
@@ -129,6 +149,7 @@ class Pool:
         self.assembly = assembly
         self.stats = stats
         self.threads = threads
+        self.careful: Callable[[Tensor], NumericFactor] | None = None
         self._idle: dict[tuple[int, int], list[tuple[Storage, ValuesCopy]]] = {}
         self._latest: weakref.ref[NumericFactor] | None = None
         self._used = False
@@ -228,6 +249,31 @@ class Factor:
         self._require_data()
         return 0
 
+    @property
+    def inertia(self) -> Tensor:
+        """[*B, 3; int64] how many eigenvalues are positive and how many negative, and how many signs are not known,
+        because pivots that came out as nearly zero were replaced.
+
+        Raises:
+            RuntimeError: the factorization does not tell: kind "general", complex numbers with kind "symmetric", a
+                matrix that needed LU, CUDA.
+        """
+        numeric, convention = self._numeric, self._factorizer.convention
+        if numeric is None:
+            self._require_data()
+        storage: Any = None if numeric is None else numeric.storage
+        if numeric is not None and numeric.failures is None:
+            batch = numeric.batch_shape
+            if isinstance(storage, multifrontal.Storage):
+                return torch.tensor([numeric.n, 0, 0], device="cpu").expand(*batch, 3).clone()
+            if isinstance(storage, ldl.Storage) and not (numeric.dtype.is_complex and convention.mirror == TRANSPOSED):
+                return torch.from_numpy(storage.inertia()).view(*batch, 3)
+        raise RuntimeError(
+            "the signs of the eigenvalues are known of factors L L^H and L D L^H only: those of kinds 'spd', "
+            "'hermitian' and, with real numbers, 'symmetric', where the matrix needed no LU (stats.engine) "
+            "and has a factor"
+        )
+
     def _require_data(self) -> None:
         if self._values.numel():
             raise RuntimeError(
@@ -274,5 +320,9 @@ def describe(failure: Failure, kind: str) -> str:
         return (
             f"the matrix is structurally singular: no choice of pivots covers column {failure.column} (counted from "
             f"0), whatever the values; look for an empty row or column"
+        )
+    if failure.reason == "untrusted":
+        return (
+            f"no stable pivots were found for the matrix; the worst is that of column {failure.column} (counted from 0)"
         )
     return f"the matrix is singular to working precision at column {failure.column} (counted from 0), kind={kind!r}"

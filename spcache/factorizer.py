@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 from time import perf_counter
 from typing import Any, NoReturn
 
@@ -18,7 +19,7 @@ from .autograd import silence
 from .convention import CONJUGATED, NONE, TRANSPOSED, Convention
 from .device import DeviceFactor, DevicePool, HostFactor, Pairs, to_host
 from .dynamo import hide
-from .engines import DTYPE_CODES, cudss, engine_for
+from .engines import DTYPE_CODES, cudss, engine_for, klu, ldl
 from .errors import MODIFIED, EngineUnavailableError, NotPositiveDefiniteError, SingularMatrixError
 from .factor import NumericFactor, Pool, describe
 from .memory import plain
@@ -31,6 +32,9 @@ __all__ = ["Factorizer"]
 
 # Values further from symmetric than this share of the largest entry are not what the kind says.
 _ASYMMETRY = 1e-4
+
+# After so many factorizations in a row that L D L^H could not be trusted with, it is not tried again.
+_DISTRUST = 3
 
 # kind -> (name, permutation): orderings that need not be computed again
 Orderings = dict[str, tuple[str, np.ndarray]]
@@ -58,7 +62,9 @@ class Factorizer:
         self.keep_factor: bool = options["keep_factor"]
         self._kind: str = options["kind"]
         self.checks: bool = options["check"]
-        self._pools: dict[tuple[str, torch.device] | str, Pool] = {}  # kind, with a device other than the CPU
+        self._pools: dict[Any, Pool] = {}  # kind; with a device other than the CPU, a pairing of rows, or "careful"
+        self._partner: np.ndarray | None = None  # pairing of rows that the latest values asked for
+        self._distrust = 0  # factorizations in a row that needed LU
         self._pairs: dict[torch.device, Pairs] = {}
         self._held: NumericFactor | None = None
         mirror = {"spd": CONJUGATED, "hermitian": CONJUGATED, "symmetric": TRANSPOSED}.get(self._kind, NONE)
@@ -69,6 +75,9 @@ class Factorizer:
         new = Factorizer(self.pattern, self.options, self.orderings, stats)
         for key, pool in list(self._pools.items()):
             new._pools[key] = pool.renewed(new.stats)
+            if pool.careful is not None:
+                new._pools[key].careful = new._factorize_carefully
+        new._partner = self._partner
         return new
 
     def found_orderings(self) -> Orderings:
@@ -259,6 +268,8 @@ class Factorizer:
     def _factorize(self, values: Tensor) -> NumericFactor:
         device = None if values.is_cpu else values.device
         if self._kind != "auto":
+            if self._engine(device or torch.device("cpu"), self._kind) is ldl:
+                return self._factorize_indefinite(values)
             return self._pool(self._kind, device).factorize(values, self.checks)
         if self._looks_positive(values):
             numeric = self._pool("spd", device).factorize(values, self.checks)
@@ -269,42 +280,100 @@ class Factorizer:
             del numeric
         return self._pool("general", device).factorize(values, self.checks)
 
-    def _pool(self, kind: str, device: torch.device | None) -> Pool:
+    def _factorize_indefinite(self, values: Tensor) -> NumericFactor:
+        """L D L^H. Where it cannot be trusted: with rows paired by these values, and if that does not help by LU."""
+        if self._distrust >= _DISTRUST:
+            return self._pool(self._kind, None, careful=True).factorize(values, self.checks)
+        if self._partner is None and self._kind not in self._pools:
+            self._partner = self._pairing(values, 0, False)
+        numeric = self._pool(self._kind, None, self._partner).factorize(values, self.checks)
+        if numeric.failures is None or not self.checks:
+            self._distrust = 0
+            return numeric
+        failed = next(e for e, f in enumerate(numeric.failures) if f is not None)
+        del numeric
+        partner = self._pairing(values, failed, True)
+        if partner is not None and (self._partner is None or not np.array_equal(partner, self._partner)):
+            numeric = self._pool(self._kind, None, partner).factorize(values, self.checks)
+            self.stats.repivots += numeric.storage.batch
+            if numeric.failures is None:
+                self._pools.pop(_key(self._kind, self._partner), None)
+                self._partner, self._distrust = partner, 0
+                return numeric
+            self._pools.pop(_key(self._kind, partner))
+            del numeric
+        numeric = self._pool(self._kind, None, careful=True).factorize(values, self.checks)
+        self.stats.repivots += numeric.storage.batch
+        self._distrust += numeric.failures is None
+        return numeric
+
+    def _pairing(self, values: Tensor, e: int, always: bool) -> np.ndarray | None:
+        """Pairs of rows by the e-th matrix of a batch, as `ldl.pairing`."""
+        start = perf_counter()
+        contributions = self._contributions(self._kind, True)
+        address, dtype = next(islice(_matrices(values), e, None))
+        sizes = ldl.magnitudes(
+            self._assembly_of(ldl, self._kind, contributions), address, self.pattern.nnz, dtype, contributions.structure
+        )
+        partner = ldl.pairing(contributions.structure, sizes, always)
+        self.stats.seconds["analyze"] += perf_counter() - start
+        return partner
+
+    def _factorize_carefully(self, values: Tensor) -> NumericFactor:
+        """The factor of values for which refinement has stalled: LU, or an error."""
+        numeric = self._pool(self._kind, None, careful=True).factorize(values, self.checks)
+        self.stats.repivots += numeric.storage.batch
+        if numeric.failures is not None:
+            self._raise(numeric)
+        return numeric
+
+    def _pool(
+        self, kind: str, device: torch.device | None, partner: np.ndarray | None = None, careful: bool = False
+    ) -> Pool:
         """The pool that serves a kind other than "auto"; its plan comes from the plan cache or is analyzed now. Without
-        a device: of the CPU."""
-        key = kind if device is None else (kind, device)
+        a device: of the CPU. With a pairing of rows: LDL^H; careful: LU, whatever the kind."""
+        key: Any = ("careful", kind) if careful else _key(kind, partner) if device is None else (kind, device)
         pool = self._pools.get(key)
         if pool is None:
             start = perf_counter()
             device = device or torch.device("cpu")
-            engine = self._engine(device, kind)
+            engine = klu if careful else self._engine(device, kind)
             on_device = engine is cudss
-            contributions = self._contributions(kind, on_device)
+            contributions = self._contributions(kind, on_device or engine is ldl)
             ordering = self.options["ordering"]
+            if careful and ordering not in klu.ORDERINGS:
+                ordering = "auto"
             structure = contributions.structure
-            named = (ordering,) if on_device else self.orderings.get(kind, (ordering,))
-            where = (kind, device) if on_device else ()
+            named = (
+                (ordering,) if on_device or careful or partner is not None else self.orderings.get(kind, (ordering,))
+            )
+            where: tuple[Any, ...] = (kind, device) if on_device else () if partner is None else (None, partner)
 
             def analyze() -> Any:
                 return engine.analyze(structure, *named, *where)
 
-            plan, found = plan_cache.find((engine.__name__, structure, ordering, *where), analyze)
-            averaged = self.convention.mirror != NONE or kind == "spd"
-            one_triangle = self.convention.one_triangle
-            assembly = plan.assembly(
-                self.pattern.nnz, contributions.slots, contributions.sources, contributions.roles,
-                0.5 if averaged and not one_triangle else 1.0, kind in ("spd", "hermitian"),
-            )  # fmt: skip
+            paired = where if partner is None else (partner.tobytes(),)
+            plan, found = plan_cache.find((engine.__name__, structure, ordering, *paired), analyze)
+            assembly = self._assembly_of(plan, kind, contributions)
             if on_device:
                 pool = DevicePool(self.pattern.n, plan, assembly, self.stats, self.convention.matvec, self.checks)
             else:
                 pool = Pool(self.pattern.n, plan, assembly, self.stats, self.options["threads"])
+                if engine is ldl and self.checks:
+                    pool.careful = self._factorize_carefully
             pool = self._pools.setdefault(key, pool)
             self.stats.analyses += not found
             self.stats.seconds["analyze"] += perf_counter() - start
         stats, plan = self.stats, pool.plan
         stats.engine, stats.ordering, stats.nnz_factor, stats.flops = plan.engine, plan.ordering, plan.nnz, plan.flops
         return pool
+
+    def _assembly_of(self, plan: Any, kind: str, contributions: Contributions) -> Any:
+        averaged = self.convention.mirror != NONE or kind == "spd"
+        return plan.assembly(
+            self.pattern.nnz, contributions.slots, contributions.sources, contributions.roles,
+            0.5 if averaged and not self.convention.one_triangle else 1.0, kind in ("spd", "hermitian"),
+        )  # fmt: skip
 
     def _engine(self, device: torch.device, kind: str) -> Any:
         return engine_for(device.type, kind)
@@ -461,6 +530,10 @@ def _matrices(values: Tensor) -> Iterator[tuple[int, int]]:
     dtype, stride = DTYPE_CODES[values.dtype], values.shape[-1] * values.element_size()
     for e in range(math.prod(values.shape[:-1])):
         yield values.data_ptr() + e * stride, dtype
+
+
+def _key(kind: str, partner: np.ndarray | None) -> Any:
+    return kind if partner is None else (kind, partner.tobytes())
 
 
 def _batch_index(e: int, batch_shape: torch.Size) -> tuple[int, ...]:

@@ -42,10 +42,10 @@ class SparseSystem:
             "general": nothing.
         triangle: None, both triangles are stored; "lower" or "upper", only that one is and the other is its mirror
             image. For "spd", "symmetric" and "hermitian".
-        ordering: "auto", "amd", "metis" (spd only), "colamd" (all but spd and auto), "natural".
+        ordering: "auto", "amd", "metis" (spd, symmetric, hermitian), "colamd" (general), "natural".
         threads: the most threads that a factorization or a solve may use; None: as many as torch
             (`torch.get_num_threads`). The result does not depend on it. Small systems use one
-            thread; of kinds other than "spd", only batches use more.
+            thread; of kind "general", only batches use more.
         keep_factor: False drops the factor after each forward solve and factorizes again in the backward pass:
             less memory between the two, one more factorization.
         precision: "working", factors in the precision of the values.

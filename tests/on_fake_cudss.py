@@ -65,4 +65,5 @@ def pytest_configure(config):
     cudss.Device = HostDevice
     system.Factorizer = OnFake
     # the table of cases names the engines of the CPU
-    cudss.SymbolicFactor.engine = property(lambda plan: "multifrontal" if plan.kind == "spd" else "klu")
+    names = {"spd": "multifrontal", "symmetric": "ldl", "hermitian": "ldl", "general": "klu"}
+    cudss.SymbolicFactor.engine = property(lambda plan: names[plan.kind])

@@ -26,8 +26,8 @@ class Driver:
         self.dtype = problem.case.dtype
         self.engine = engine_for("cpu", kind)
         pattern = Pattern(problem.indices, problem.n, problem.n)
-        parts = {"spd": "lower", "general": "stored"}
-        self.contributions = getattr(pattern, parts.get(kind, "mirrored"))
+        parts = {"general": "stored"}
+        self.contributions = getattr(pattern, parts.get(kind, "lower"))
         self.plan = self.engine.analyze(self.contributions.structure, ordering)
         self.values = np.ascontiguousarray(problem.values.numpy())
         self.nnz = self.values.shape[-1]

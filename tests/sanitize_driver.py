@@ -31,6 +31,7 @@ def load(name):
 
 
 pattern, multifrontal, klu = load("_pattern"), load("engines._multifrontal"), load("engines._klu")
+ldl = load("engines._ldl")
 
 
 def numbers(size, dtype):
@@ -159,6 +160,61 @@ def test_positive():
     positive(
         random_mask(50, 1.0, True), levels[-1], "natural", np.complex64, 300, (1,), threads=(3,)
     )  # share the batch
+
+
+# --- LDL ---------------------------------------------------------------------------------------------------------------------
+
+
+def indefinite(mask, level, dtype, hermitian, ordering="amd", batch=2, threads=(1,), diagonal=True):
+    """Random numbers at these places, eigenvalues of both signs; pivots of order 2 where there is no diagonal."""
+    n = len(mask)
+    if not diagonal:
+        mask = mask & ~np.eye(n, dtype=bool)
+    rows, columns = entries(mask)
+    indptr, indices, slots, roles = lower(rows, columns, n)
+    perm = multifrontal.amd(indptr, indices) if ordering == "amd" else np.arange(n, dtype=np.int32)
+    here = np.arange(len(indices), dtype=np.int32)
+    plan = ldl.Symbolic(indptr, indices, indptr, indices, here, perm, level)
+    sources = np.arange(len(rows), dtype=np.int32)
+    assembly = pattern.Assembly(len(rows), slots, sources, roles, 1, None, None, 0.5, hermitian)
+    A = numbers((batch, n, n), dtype) * mask
+    A = ((A + (adjoint_of(A) if hermitian else A.transpose(0, 2, 1))) / 2).astype(dtype)
+    values = gather(A, rows, columns)
+    code = DTYPES.index(dtype)
+    sizes = ldl.magnitudes(assembly, values.ctypes.data, len(rows), code, len(indices))
+    partner = ldl.pair(indptr, indices, sizes)
+    assert partner is None or (partner[partner] == np.arange(n)).all()
+    storage = ldl.Storage(plan, code, batch)
+    for count in threads:
+        storage.factorize(assembly, values.ctypes.data, len(rows), True, None, count)
+        if storage.failed_columns() is not None:  # without pairs of rows some cannot be trusted
+            assert not diagonal or n < 3 or (mask.sum() < 0.9 * n * n)
+            continue
+        assert storage.report(0)["growth"] > 0 and (storage.inertia().sum(1) == n).all()
+        for width, adjoint in itertools.product((1, 3, 17), (False, True)):
+            b = numbers((batch, n, width), dtype)
+            check(adjoint_of(A) if adjoint else A, solve(storage, b, adjoint=adjoint, threads=count), b)
+            solve(storage, b[[0, 0, -1]], [0, 0, batch - 1], adjoint, count)
+    for bad in (0, np.nan, np.inf, 1e-30):
+        broken = values.copy()
+        broken[-1, :: max(1, len(rows) // 4)] = bad
+        storage.factorize(assembly, broken.ctypes.data, len(rows), bad == 0, None, threads[-1])
+        solve(storage, numbers((batch, n, 2), dtype))
+    storage.factorize(assembly, np.zeros_like(values).ctypes.data, len(rows), True)
+    assert storage.failed_columns() is not None and np.isnan(solve(storage, numbers((batch, n, 2), dtype))).all()
+    plan.trim()
+
+
+def test_indefinite():
+    simd = os.environ.get("SPCACHE_SIMD")
+    best = multifrontal.INSTRUCTION_SETS.index(multifrontal.best_simd())
+    levels = [multifrontal.INSTRUCTION_SETS.index(simd)] if simd else range(best + 1)
+    for level, dtype, hermitian in itertools.product(levels, DTYPES, (False, True)):
+        for n in (1, 2, 3, 8, 9, 17, 18, 50):
+            indefinite(random_mask(n, 1.0, True), level, dtype, hermitian, "natural", diagonal=n % 2 > 0)
+            indefinite(random_mask(n, 3 / n, True), level, dtype, hermitian)
+        indefinite(random_mask(164, 1.0, True), level, dtype, hermitian, "natural", 1)  # packed kernels, two windows
+    indefinite(random_mask(50, 1.0, True), best if not simd else levels[0], np.complex64, True, batch=300, threads=(3,))
 
 
 # --- KLU ------------------------------------------------------------------------------------------------------------------
@@ -342,6 +398,6 @@ def test_threads():
 
 if __name__ == "__main__":
     assert "torch" not in sys.modules
-    for test in (test_entries, test_refusals, test_positive, test_general, test_threads):
+    for test in (test_entries, test_refusals, test_positive, test_indefinite, test_general, test_threads):
         test()
         print(f"{test.__name__}: passed", flush=True)

@@ -32,18 +32,38 @@ LEVELS = [
     ["convention"],
     ["pattern"],
     ["engines"],
+    ["engines.ldl"],
     ["engines.multifrontal", "engines.klu", "engines.cudss"],
-    ["memory", "engines.protocol", "_pattern", "_normal", "engines._multifrontal", "engines._klu", "engines._cudss"],
+    [
+        "memory",
+        "engines.protocol",
+        "_pattern",
+        "_normal",
+        "engines._multifrontal",
+        "engines._ldl",
+        "engines._klu",
+        "engines._cudss",
+    ],
     ["errors", "version", "dynamo", "torch_private"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 NATIVE = {  # module -> who may import it
-    "_pattern": ["pattern", "factorizer", "factor", "device", "least_squares", "engines.klu", "engines.multifrontal"],
+    "_pattern": [
+        "pattern",
+        "factorizer",
+        "factor",
+        "device",
+        "least_squares",
+        "engines.klu",
+        "engines.ldl",
+        "engines.multifrontal",
+    ],
     "_normal": ["least_squares"],
+    "engines._ldl": ["engines.ldl"],
     "engines._klu": ["engines.klu"],
     "engines._cudss": ["engines.cudss"],
-    "engines._multifrontal": ["engines.multifrontal"],
+    "engines._multifrontal": ["engines.multifrontal", "engines.ldl"],
 }
 
 

@@ -99,7 +99,8 @@ def test_matrix(name, kind):
     system = SparseSystem(indices, A.shape[0], kind=kind)
     check(A, system, values)
     definite = "spd" in MATRICES[name] and name not in NOT_TO_ROUNDING
-    assert system.stats.engine == ("multifrontal" if kind == "spd" or (kind == "auto" and definite) else "klu")
+    direct = "multifrontal" if kind == "spd" or (kind == "auto" and definite) else "klu"
+    assert system.stats.engine == ("ldl" if kind in ("symmetric", "hermitian") else direct)
 
 
 @pytest.mark.parametrize("name", [name for name, kinds in MATRICES.items() if "spd" in kinds])
@@ -175,10 +176,17 @@ def test_sequence(name, kind):
         x.sum().backward()
         assert values.grad.isfinite().all()
         stats = system.stats
-        if kind != "auto":
+        if (
+            kind == "own" and SEQUENCES[name] == "symmetric"
+        ):  # rows paired anew are an analysis and a factorization more
+            assert stats.engine == "ldl" and stats.solves == 2 * k + 2 and stats.reuses == 0
+            assert (stats.analyses, stats.factorizations) == (1 + stats.repivots, k + 1 + stats.repivots)
+        elif kind != "auto":
             assert (stats.analyses, stats.factorizations, stats.solves, stats.reuses) == (1, k + 1, 2 * k + 2, 0)
     if kind == "auto":
         assert stats.analyses <= 2
+    elif kind == "own" and SEQUENCES[name] == "symmetric":  # only the interior point's last step needs other pairs
+        assert stats.refactorizations == k and stats.repivots == ("ipm" in name)
     else:  # each begins with the pivots of the one before; the interior point's last steps need others
         assert stats.refactorizations + stats.repivots == k
         assert stats.repivots == 0 or "ipm" in name

@@ -56,7 +56,7 @@ def check(driver, storage, widths=(1, 2, 7), threads=1):
 
 
 def test_every_level_is_here():
-    assert LEVELS[0] == "baseline" and multifrontal._simd() in LEVELS
+    assert LEVELS[0] == "baseline" and multifrontal.simd() in LEVELS
 
 
 @every_level

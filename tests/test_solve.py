@@ -265,7 +265,7 @@ def test_matmul_of_a_rectangular_matrix(dtype):
 ORDERINGS = [
     ("spd", "auto", "amd"), ("spd", "amd", "amd"), ("spd", "metis", "metis"), ("spd", "natural", "natural"),
     ("general", "auto", "amd"), ("general", "amd", "amd"), ("general", "colamd", "colamd"), ("general", "natural", "natural"),
-    ("symmetric", "colamd", "colamd"), ("hermitian", "amd", "amd"), ("auto", "amd", "amd"), ("auto", "natural", "natural"),
+    ("symmetric", "metis", "metis"), ("hermitian", "amd", "amd"), ("auto", "amd", "amd"), ("auto", "natural", "natural"),
 ]  # fmt: skip
 
 

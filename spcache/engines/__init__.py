@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from ..errors import EngineUnavailableError
-from . import cudss, klu, multifrontal
+from . import cudss, klu, ldl, multifrontal
 from .protocol import DTYPE_CODES, Failure, Storage, Structure, SymbolicFactor
 
 __all__ = ["DTYPE_CODES", "KINDS", "Failure", "Storage", "Structure", "SymbolicFactor", "engine_for"]
@@ -16,8 +16,8 @@ KINDS = ("auto", "spd", "symmetric", "hermitian", "general")
 # by the values.
 _TABLE: dict[tuple[str, str], ModuleType] = {
     ("cpu", "spd"): multifrontal,
-    ("cpu", "symmetric"): klu,
-    ("cpu", "hermitian"): klu,
+    ("cpu", "symmetric"): ldl,
+    ("cpu", "hermitian"): ldl,
     ("cpu", "general"): klu,
     ("cuda", "spd"): cudss,
     ("cuda", "symmetric"): cudss,

@@ -25,7 +25,7 @@ _metis_lock = threading.Lock()
 os.register_at_fork(before=_metis_lock.acquire, after_in_parent=_metis_lock.release, after_in_child=_metis_lock.release)
 
 
-def _simd() -> str:
+def simd() -> str:
     """The instruction set of the kernels: the best this processor has, or what SPCACHE_SIMD names."""
     return os.environ.get("SPCACHE_SIMD") or _multifrontal.best_simd()
 
@@ -35,7 +35,7 @@ def _metis(structure: Structure) -> np.ndarray:
         return _multifrontal.metis(structure.indptr, structure.indices)
 
 
-def _order(structure: Structure, ordering: str) -> tuple[str, np.ndarray]:
+def order(structure: Structure, ordering: str) -> tuple[str, np.ndarray]:
     """The chosen ordering's name and its permutation."""
     if ordering == "natural":
         return ordering, np.arange(structure.n, dtype=np.int32)
@@ -61,7 +61,7 @@ def analyze(structure: Structure, ordering: str, permutation: np.ndarray | None 
         permutation: [n; int32] an ordering computed before; `ordering` then only names it.
     """
     if permutation is None:
-        ordering, permutation = _order(structure, ordering)
+        ordering, permutation = order(structure, ordering)
     return SymbolicFactor(structure, ordering, permutation)
 
 
@@ -73,7 +73,7 @@ class SymbolicFactor:
     def __init__(self, structure: Structure, ordering: str, permutation: np.ndarray):
         self.ordering = ordering
         self._structure = structure
-        self._native = _multifrontal.Symbolic(structure.indptr, structure.indices, permutation, _simd())
+        self._native = _multifrontal.Symbolic(structure.indptr, structure.indices, permutation, simd())
         self.nnz: int = self._native.nnz
         self.flops: float = self._native.flops
 

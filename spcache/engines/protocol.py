@@ -64,7 +64,8 @@ class Failure:
 
     Attributes:
         column: the column, numbered from 0 as the caller does; -1 where the values are not finite.
-        reason: one of "not positive definite", "singular", "structurally singular".
+        reason: one of "not positive definite", "singular", "structurally singular", "untrusted" (another engine may
+            succeed).
     """
 
     column: int
@@ -121,7 +122,9 @@ class Storage(Protocol):
     def failures(self) -> Sequence[Failure | None] | None:
         """One entry per matrix of the last factorize; None where all of them have a factor."""
 
-    def solve(self, b: int, x: int, count: int, width: int, factors: int, adjoint: bool, threads: int = 1) -> None:
+    def solve(
+        self, b: int, x: int, count: int, width: int, factors: int, adjoint: bool, threads: int = 1
+    ) -> int | None:
         """x[p] = A[f(p)]^-1 b[p], adjoint: A^-H, for p < count; b and x are [count, n, width], row-major.
 
         Args:
@@ -130,4 +133,7 @@ class Storage(Protocol):
             threads: the largest number of threads to use. The result does not depend on it.
 
         Where a matrix has no factor x[p] is filled with NaN. b and x may not overlap.
+
+        Returns the steps of iterative refinement, ~steps where they left a residual that is not small; None where the
+        engine never refines.
         """
