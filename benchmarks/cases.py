@@ -205,5 +205,6 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 LARGE = {"grid1e6", "grid60^3"}  # minutes each: only where they are named, or with --large
 HEAVY = LARGE | {"grid40^3"}  # minutes each for libraries without supernodes
+DENSE = HEAVY | {"grid1e5", "delaunay1e5", "grid20^3", "rod300x33", "hexahedra16^3"}  # where BLAS kernels matter
 LIKE_ANOTHER = {"grid9e4"}  # only where they are named
 QUICK = ["tiny10", "batch1024x100", "grid1e3", "convection1e4"]

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from cases import HEAVY, Array, Case
+from cases import DENSE, HEAVY, Array, Case
 from torch import Tensor
 
 Configuration = dict[str, Any]
@@ -39,7 +39,7 @@ class Peer:
     dtype: ClassVar[torch.dtype] = torch.float64
     torch_threads: ClassVar[int] = 1  # more did not speed up `gradient`, and suffer where cores are shared
     environment: ClassVar[dict[str, str]] = {}  # of the process it runs in
-    flag: ClassVar[str] = ""  # of the processor, without which it is left out
+    flag: ClassVar[str] = ""  # of the processor, for a variant of another peer with the kernels for it
 
     @classmethod
     def load(cls) -> None:
@@ -54,7 +54,8 @@ class Peer:
     @classmethod
     def takes(cls, case: Case) -> bool:
         """Whether the peer solves such systems, within minutes."""
-        return case.kind in cls.kinds and (cls.heavy or case.name not in HEAVY) and (cls.factors or not case.batch)
+        within = (cls.heavy or case.name not in HEAVY) and (not cls.flag or case.name in DENSE)
+        return within and case.kind in cls.kinds and (cls.factors or not case.batch)
 
     def __init__(self, case: Case) -> None:
         self.case = case
