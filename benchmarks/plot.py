@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from table import OURS, Results
-from targets import PHASES, TARGETS
+from targets import ANYBODY, PHASES, TARGETS
 
 
 def draw_times(axis: Any, results: Results, phase: str) -> None:
@@ -28,10 +28,9 @@ def draw_ratios(axis: Any, results: Results) -> None:
     width = 0.8 / len(PHASES)
     for place, phase in enumerate(PHASES):
         centres = [index + (place - 1.5) * width for index in range(len(results.cases))]
-        rivals = [TARGETS[case].rival if case in TARGETS else "" for case in results.cases]
-        heights = [results.ratio(case, phase, rival) for case, rival in zip(results.cases, rivals, strict=True)]
+        heights = [results.ratio(case, phase) for case in results.cases]
         axis.bar(centres, heights, width, label=phase)
-        wanted = [TARGETS[c].ratios.get(phase, float("nan")) if c in TARGETS else float("nan") for c in results.cases]
+        wanted = [TARGETS.get(case, ANYBODY).ratios.get(phase, float("nan")) for case in results.cases]
         axis.hlines(wanted, [x - width / 2 for x in centres], [x + width / 2 for x in centres], color="black")
     axis.axhline(1, color="gray", linewidth=0.8)
     axis.set(title="best peer / spcache (black: wanted)", yscale="log")

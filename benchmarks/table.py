@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from targets import PHASES, SINGLE, SINGLE_FROM, TARGETS, Target
+from targets import ANYBODY, PHASES, SINGLE, SINGLE_FROM, TARGETS, Target
 
 Record = dict[str, Any]
 ALL_PHASES = ("analyze", "factorize", "refactorize", "solve", "solve16", "backward", "step")
@@ -48,19 +48,16 @@ class Results:
         record = self.record(case, peer)
         return record["phases"][phase][figure] if record and phase in record["phases"] else float("nan")
 
-    def best(self, case: str, phase: str, rival: str = "", figure: str = "median") -> tuple[float, str]:
-        """Returns the smallest time of the peers whose name begins so, and whose it is."""
-        names = {r["peer"] for r in self.records if r["case"] == case}
-        found = [
-            (self.time(case, phase, name, figure), name)
-            for name in names - {OURS, OURS_SINGLE}
-            if name.startswith(rival)
-        ]
+    def best(self, case: str, phase: str, figure: str = "median", target: Target = ANYBODY) -> tuple[float, str]:
+        """Returns the smallest time of the peers that count, and whose it is."""
+        names = {r["peer"] for r in self.records if r["case"] == case} - {OURS, OURS_SINGLE, target.apart}
+        found = [(self.time(case, phase, name, figure), name) for name in names if name.startswith(target.rival)]
         return min(((time, name) for time, name in found if time == time), default=(float("nan"), "nobody"))
 
-    def ratio(self, case: str, phase: str, rival: str = "", figure: str = "median") -> float:
-        """Returns how many times faster than the best peer spcache is."""
-        return self.best(case, phase, rival, figure)[0] / self.time(case, phase, figure=figure)
+    def ratio(self, case: str, phase: str, figure: str = "median") -> float:
+        """Returns how many times faster spcache is than the best peer that counts for what is wanted."""
+        target = TARGETS.get(case, ANYBODY)
+        return self.best(case, phase, figure, target)[0] / self.time(case, phase, figure=figure)
 
 
 def verdict(value: float, wanted: float | None, unit: str = "×") -> str:
@@ -97,13 +94,13 @@ def ratios(results: Results) -> str:
     """How many times faster than the best peer spcache is on all threads, of how many wanted; of minima in brackets."""
     rows = [["case", "n", *PHASES]]
     for case in results.cases:
-        target = TARGETS.get(case, Target({}))
+        target = TARGETS.get(case, ANYBODY)
         record = results.record(case, OURS)
         row = [case, f"{record['n']}" if record else NOTHING]
         for phase in PHASES:
-            text = verdict(results.ratio(case, phase, target.rival), target.ratios.get(phase))
-            minima = results.ratio(case, phase, target.rival, "min")
-            name = results.best(case, phase, target.rival)[1]
+            text = verdict(results.ratio(case, phase), target.ratios.get(phase))
+            minima = results.ratio(case, phase, "min")
+            name = results.best(case, phase, target=target)[1]
             row.append(text if text == NOTHING else f"{text} ({minima:.2f}), {name}")
         rows.append(row)
     return align(rows)
@@ -129,7 +126,7 @@ def shares(results: Results) -> str:
     """The machine's limits, and which share of them spcache reaches, on all threads and on one."""
     rows = [["case", "threads", "dgemm GF/s", "read GB/s", "refactorize GF/s", "of dgemm", "solve GB/s", "of reading"]]
     for case in results.cases:
-        record, target = results.record(case, OURS), TARGETS.get(case, Target({}))
+        record, target = results.record(case, OURS), TARGETS.get(case, ANYBODY)
         for place, contender in enumerate(record["contenders"] if record else []):
             threads = str(contender["configuration"]["threads"])
             limit = results.limits[case][threads]

@@ -1,6 +1,5 @@
 """klujax: KLU, called from compiled JAX."""
 
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,9 +13,9 @@ from peers.base import Configuration, Peer
 class Klujax(Peer):
     """klujax at its best: analysis once, one numeric object that is refactorized in place, calls compiled by JAX.
 
-    What is compiled must depend on its inputs: XLA drops a `refactor` whose result nobody uses, and moves a solve
-    with the same object before it. So `refactor` is called plainly, and in a step `refactor_and_solve` is one compiled
-    call and the adjoint solve the next.
+    What is compiled must depend on its inputs: XLA drops a `refactor` whose result nobody uses, and moves a solve with
+    the same object before it. Called plainly, `refactor` often returns before it is done, and cannot be waited for. So
+    the refactorization is timed together with one solve, and the adjoint solve of a step is a call of its own.
     """
 
     name = "klujax"
@@ -28,7 +27,6 @@ class Klujax(Peer):
     environment: ClassVar[dict[str, str]] = {
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_X64": "1",
-        "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0",  # else `refactor` returns before it is done, and cannot be waited for
         "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA complains of how long it compiles
     }
     largest: ClassVar[int] = 2000  # unknowns of a definite system, beyond which LU cannot win
@@ -45,22 +43,17 @@ class Klujax(Peer):
         self.jax, self.klu = jax, klujax
         self.i, self.j = (jax.numpy.asarray(side.astype(np.int32)) for side in case.indices)
 
-    def configurations(self) -> Iterator[Configuration]:
-        yield {"step": "compiled"}
-        yield {"step": "plain"}
-
     def analyze(self, configuration: Configuration) -> None:
-        self.compiled = configuration["step"] == "compiled"
         self.symbolic = self.klu.analyze(self.i, self.j, self.case.n)
         self.numeric = None
+        self.b = torch.from_numpy(self.case.b)
 
     def refactorize(self, values: Tensor) -> None:
-        values = self.jax.numpy.asarray(values.numpy())
         if self.numeric is None:
-            self.numeric = self.klu.factor(self.i, self.j, values, self.symbolic)
+            array = self.jax.numpy.asarray(values.numpy())
+            self.numeric = self.klu.factor(self.i, self.j, array, self.symbolic)
             self.compile(self.numeric, self.symbolic)
-        else:
-            self.klu.refactor(self.i, self.j, values, self.numeric, self.symbolic)
+        self.refactorize_and_solve(values, self.b)
 
     def compile(self, numeric: Any, symbolic: Any) -> None:
         klu, jit, i, j = self.klu, self.jax.jit, self.i, self.j
@@ -73,6 +66,6 @@ class Klujax(Peer):
         return torch.from_numpy(np.array(solve(b.numpy())))
 
     def refactorize_and_solve(self, values: Tensor, b: Tensor) -> Tensor:
-        if not self.compiled or self.numeric is None:
-            return super().refactorize_and_solve(values, b)
+        if self.numeric is None:
+            self.refactorize(values)
         return torch.from_numpy(np.array(self.refactor_and_solve_(values.numpy(), b.numpy())))
