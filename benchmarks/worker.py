@@ -131,7 +131,7 @@ class Session:
             if gradient:
                 residuals.append(self.check(peer, gradient))
         self.rest()
-        return {"contenders": rounds, "residual": max(residuals, default=None)}
+        return {"contenders": rounds, "residual": float(np.max(residuals)) if residuals else None}
 
     def rest(self) -> None:
         """Where many processes with large factors might not fit, only the one that works has any."""
@@ -257,12 +257,11 @@ class Session:
         if self.case.kind == "spd":
             slopes = (slopes + slopes.T) / 2
         np.save(gradient, slopes[indices[0], indices[1]])
-        residual = scaled_residual(A, x, self.b)
+        residuals = [scaled_residual(A, x, self.b)]
         if "solve16" in self.phases():
             peer.refactorize(self.values[1])
-            residual = max(residual, scaled_residual(A, peer.solve(self.b), self.b))
-            residual = max(residual, scaled_residual(A, peer.solve(self.many), self.many))
-        return residual
+            residuals += [scaled_residual(A, peer.solve(b), b) for b in (self.b, self.many)]
+        return float(np.max(residuals))  # NaN where one is NaN
 
 
 def summary(times: Times) -> dict[str, dict[str, float]]:
