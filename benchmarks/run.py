@@ -151,10 +151,12 @@ def measure(case: Case, workers: list[Worker], rounds: int, tune: bool, folder: 
 
 
 def check(records: list[Record], gradients: dict[str, np.ndarray]) -> None:
-    """Adds how far each gradient is from the median of those in double precision; marks the wrong ones."""
+    """Adds how far the gradients [contenders, nnz] of each peer are from the median of all peers' in double precision;
+    marks the wrong ones."""
     dtypes = {name: str(PEERS[name].dtype).removeprefix("torch.") for name in gradients}
-    double = [gradient for name, gradient in gradients.items() if dtypes[name] == "float64"]
-    middle = np.median(double or list(gradients.values()), axis=0) if gradients else 0.0
+    first = {name: gradient[0] for name, gradient in gradients.items()}
+    double = [gradient for name, gradient in first.items() if dtypes[name] == "float64"]
+    middle = np.median(double or list(first.values()), axis=0) if first else 0.0
     for record in records:
         name = record["peer"]
         if "error" in record or name not in gradients:

@@ -122,16 +122,20 @@ class Session:
     def round(self, gradient: str) -> dict[str, Any]:
         """Measures every contender in its phases; the parent asks for several rounds, the peers in turn.
 
-        Returns also the largest scaled residual, if there is a file to save the gradient in.
+        Returns also the largest scaled residual, if there is a file to save the gradients in [contenders, nnz].
         """
         peer = self.open()
-        rounds, residuals = [], []
+        rounds, residuals, gradients = [], [], []
         for configuration, phases in self.contenders:
             rounds.append(summary(self.measure(configuration, phases)))
             if gradient:
-                residuals.append(self.check(peer, gradient))
+                found, slope = self.check(peer)
+                residuals += found
+                gradients.append(slope)
+        if gradient:
+            np.save(gradient, np.stack(gradients))
         self.rest()
-        return {"contenders": rounds, "residual": float(np.max(residuals)) if residuals else None}
+        return {"contenders": rounds, "residual": float(np.max(residuals)) if residuals else None}  # NaN if one is
 
     def rest(self) -> None:
         """Where many processes with large factors might not fit, only the one that works has any."""
@@ -239,8 +243,8 @@ class Session:
 
     # ---- correctness ----
 
-    def check(self, peer: Peer, gradient: str) -> float:
-        """Returns the largest scaled residual; saves the gradient, symmetrized where A is, for comparison."""
+    def check(self, peer: Peer) -> tuple[list[float], np.ndarray]:
+        """Returns the scaled residuals of all solves and the gradient, symmetrized where A is."""
         from scipy.sparse import csr_array
 
         values = self.values[1].clone().requires_grad_()
@@ -256,12 +260,12 @@ class Session:
         )
         if self.case.kind == "spd":
             slopes = (slopes + slopes.T) / 2
-        np.save(gradient, slopes[indices[0], indices[1]])
-        residuals = [scaled_residual(A, x, self.b)]
-        if "solve16" in self.phases():
+        solutions = [(x, self.b)]
+        if self.kind.factors:
             peer.refactorize(self.values[1])
-            residuals += [scaled_residual(A, peer.solve(b), b) for b in (self.b, self.many)]
-        return float(np.max(residuals))  # NaN where one is NaN
+            right = [self.b] if self.case.batch else [self.b, self.many]
+            solutions += [(peer.solve(b), b) for b in right]
+        return [scaled_residual(A, *pair) for pair in solutions], slopes[indices[0], indices[1]]
 
 
 def summary(times: Times) -> dict[str, dict[str, float]]:
