@@ -140,6 +140,8 @@ def measure(case: Case, workers: list[Worker], rounds: int, tune: bool, folder: 
                 else:
                     record["rounds"].append({"contenders": answer["contenders"], "load": os.getloadavg()[0]})
                     record["residual"] = answer["residual"]
+                    for contender, facts in zip(record["contenders"], answer["facts"], strict=False):
+                        contender["facts"] = facts
                 if gradient.exists():
                     gradients[worker.name] = np.load(gradient)
                     gradient.unlink()
@@ -195,7 +197,7 @@ def add_shares(record: Record, limit: dict[str, dict[str, float]]) -> None:
     single = "float32" in record["peer"]
     systems = record.get("batch") or 1
     for contender in record.get("contenders", []):
-        facts, phases = contender["facts"], contender.get("phases", {})
+        facts, phases = contender.get("facts"), contender.get("phases", {})
         peak = limit.get(str(contender["configuration"].get("threads", 1)))
         if not facts or not peak:
             continue

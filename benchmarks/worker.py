@@ -108,34 +108,29 @@ class Session:
         peer = self.open()
         configurations = list(peer.configurations())
         self.contenders = self.choose(configurations if tune else configurations[:1])
-        facts = [peer.facts(configuration) for configuration, _ in self.contenders]
-        answer = {
-            "contenders": [
-                {"configuration": configuration, "facts": fact}
-                for (configuration, _), fact in zip(self.contenders, facts, strict=True)
-            ],
-            "pools": pools(),
-        }
         self.rest()
-        return answer
+        return {"contenders": [{"configuration": each} for each, _ in self.contenders], "pools": pools()}
 
     def round(self, gradient: str) -> dict[str, Any]:
         """Measures every contender in its phases; the parent asks for several rounds, the peers in turn.
 
-        Returns also the largest scaled residual, if there is a file to save the gradients in [contenders, nnz].
+        If there is a file to save the gradients in [contenders, nnz], returns also the largest scaled residual, and
+        what each contender knows of its factor.
         """
         peer = self.open()
-        rounds, residuals, gradients = [], [], []
+        rounds, residuals, gradients, facts = [], [], [], []
         for configuration, phases in self.contenders:
             rounds.append(summary(self.measure(configuration, phases)))
             if gradient:
                 found, slope = self.check(peer)
                 residuals += found
                 gradients.append(slope)
+                facts.append(peer.facts(configuration))
         if gradient:
             np.save(gradient, np.stack(gradients))
         self.rest()
-        return {"contenders": rounds, "residual": float(np.max(residuals)) if residuals else None}  # NaN if one is
+        residual = float(np.max(residuals)) if residuals else None  # NaN where one is NaN
+        return {"contenders": rounds, "residual": residual, "facts": facts}
 
     def rest(self) -> None:
         """Where many processes with large factors might not fit, only the one that works has any."""

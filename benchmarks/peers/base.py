@@ -96,7 +96,7 @@ class Peer:
         return 0.0
 
     def facts(self, configuration: Configuration) -> dict[str, Any]:
-        """Returns what the peer knows of the factor it makes: nnz (of L), flops."""
+        """Returns what the peer knows of its latest factor, made so: nnz (of L), flops. May spoil the factor."""
         return {}
 
 

@@ -51,8 +51,6 @@ class Spcache(Peer):
         return self.system.stats.seconds["analyze"]
 
     def facts(self, configuration: Configuration) -> dict[str, Any]:
-        self.analyze(configuration)
-        self.refactorize(torch.from_numpy(self.case.values(0)).to(self.dtype))
         stats = asdict(self.system.stats)
         return {"nnz": float(stats["nnz_factor"]), "flops": stats["flops"], "stats": stats}
 
