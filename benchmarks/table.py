@@ -155,8 +155,8 @@ def show(*files: Record) -> str:
     results = Results(list(files))
     machine = results.machine
     head = [
-        f"{machine['cpu']}, {machine['cores']} cores, load {machine['load'][0]:.1f} when it began (peers with OpenMP suffer "
-        "most where something else runs). Times are medians in milliseconds.",
+        f"{machine['cpu']}, {machine['cores']} cores. Times are medians in milliseconds. The load was "
+        f"{machine['load'][0]:.1f} when it began: peers with OpenMP suffer most where something else runs.",
         describe(machine["settings"]),
         *(f"left out: {name}, {reason}" for name, reason in results.absent.items()),
     ]
