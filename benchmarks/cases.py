@@ -2,11 +2,12 @@
 
 Every matrix is a sum over elements, A(step) = sum_e c_e(step) K_e + diag(shift), as a finite element or
 graph code makes it: the pattern never changes, the coefficients c_e in [0.5, 1.5] are new in each step.
+A batch has coefficients of its own for each of its systems.
 """
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 from scipy.spatial import Delaunay
 
 Array = np.ndarray
+COLUMNS = 16  # right-hand sides that are solved at once in the phase solve16
 
 
 @dataclass(frozen=True)
@@ -24,17 +26,27 @@ class Case:
     kind: str  # "spd" or "general"
     n: int
     indices: Array  # [2, nnz; int64]
-    b: Array  # [n; float64] right-hand side
-    w: Array  # [n; float64] incoming gradient, dl/dx
+    b: Array  # [n; float64] right-hand side; [batch, n] for a batch
+    w: Array  # as b: incoming gradient, dl/dx
     element_matrices: Array  # [elements, k, k; float64]
     position: Array  # [elements * k * k] where in the values each element entry is added
     shift: Array  # [nnz; float64] what is added to each entry in every step
+    batch: int = 0  # systems with this pattern; 0: one, without a batch dimension
 
     def values(self, step: int) -> Array:
-        """Returns the values [nnz; float64] of one step, the same for the same `step`."""
-        coefficients = np.random.default_rng(step).uniform(0.5, 1.5, len(self.element_matrices))
+        """Returns the values [nnz; float64] of one step, [batch, nnz] of a batch; the same for the same `step`."""
+        rng = np.random.default_rng(step)
+        systems = [self._values(rng) for _ in range(self.batch or 1)]
+        return np.stack(systems) if self.batch else systems[0]
+
+    def _values(self, rng: np.random.Generator) -> Array:
+        coefficients = rng.uniform(0.5, 1.5, len(self.element_matrices))
         entries = coefficients[:, None, None] * self.element_matrices
         return np.bincount(self.position, entries.ravel(), self.indices.shape[1]) + self.shift
+
+    def columns(self) -> Array:
+        """Returns the right-hand sides [n, COLUMNS; float64] of the phase solve16."""
+        return np.random.default_rng(1).standard_normal((self.n, COLUMNS))
 
 
 def assemble(name: str, kind: str, n: int, dofs: Array, element_matrices: Array, shift: Array | float) -> Case:
@@ -124,10 +136,9 @@ def cotangent(name: str) -> Case:
     return assemble(name, "spd", n, faces, laplace, mass / area.sum())
 
 
-def elasticity(name: str, poisson: float = 0.3) -> Case:
-    """Linear elasticity on tetrahedra, Young's modulus per element, plus a shift: three unknowns a node."""
-    vertices, tets = load_mesh(name)
-    gradients, volume = shape_gradients(vertices, tets)
+def stiffness(gradients: Array, measure: Array, poisson: float = 0.3) -> Array:
+    """Returns linear elasticity's element matrices [m, 3 k, 3 k] from the gradients [m, k, 3] at one point of each
+    element and the measures [m] that belong to it; Young's modulus 1."""
     lame = poisson / ((1 + poisson) * (1 - 2 * poisson))
     shear = 0.5 / (1 + poisson)
     # K_(ai)(bj) = V (lame da_i db_j + shear da_j db_i + shear delta_ij da.db)
@@ -135,26 +146,65 @@ def elasticity(name: str, poisson: float = 0.3) -> Case:
     blocks = lame * outer + shear * outer.transpose(0, 1, 4, 3, 2)
     dot = np.einsum("mai,mbi->mab", gradients, gradients)
     blocks += shear * np.einsum("mab,ij->maibj", dot, np.eye(3))
-    k = 3 * tets.shape[1]
-    stiffness = (volume[:, None, None, None, None] * blocks).reshape(len(tets), k, k)
-    dofs = (3 * tets[:, :, None] + np.arange(3)).reshape(len(tets), k)
-    mean = np.trace(stiffness, axis1=1, axis2=2).sum() / (3 * len(vertices))
-    return assemble(name, "spd", 3 * len(vertices), dofs, stiffness, 1e-3 * mean)
+    m, k = gradients.shape[:2]
+    return (measure[:, None, None, None, None] * blocks).reshape(m, 3 * k, 3 * k)
+
+
+def elastic(name: str, nodes: int, elements: Array, matrices: Array) -> Case:
+    """Elasticity with a Young's modulus per element, plus a shift: three unknowns a node."""
+    dofs = (3 * elements[:, :, None] + np.arange(3)).reshape(len(elements), -1)
+    mean = np.trace(matrices, axis1=1, axis2=2).sum() / (3 * nodes)
+    return assemble(name, "spd", 3 * nodes, dofs, matrices, 1e-3 * mean)
+
+
+def tetrahedra(name: str) -> Case:
+    vertices, tets = load_mesh(name)
+    return elastic(name, len(vertices), tets, stiffness(*shape_gradients(vertices, tets)))
+
+
+def hexahedra(side: int, name: str) -> Case:
+    """Trilinear elements on a grid of side^3 nodes: 27 neighbours a node, itself among them."""
+    corner = np.indices((2, 2, 2)).reshape(3, 8).T  # of the unit cube
+    node = np.arange(side**3).reshape(side, side, side)
+    shifted = [node[i : side - 1 + i, j : side - 1 + j, k : side - 1 + k].ravel() for i, j, k in corner]
+    elements = np.stack(shifted, axis=1)
+    matrix = np.zeros((1, 24, 24))
+    for point in 0.5 + (corner - 0.5) / np.sqrt(3):  # Gauss' rule with 2^3 points, weights 1/8
+        factors = np.where(corner == 1, point, 1 - point)  # of the shape functions, [8, 3]
+        others = np.stack([factors[:, 1] * factors[:, 2], factors[:, 0] * factors[:, 2], factors[:, 0] * factors[:, 1]])
+        matrix += stiffness(((2 * corner - 1) * others.T)[None], np.array([1 / 8]))
+    return elastic(name, side**3, elements, np.repeat(matrix, len(elements), axis=0))
+
+
+def batch_of(systems: int, build: Callable[[], Case], name: str) -> Case:
+    case = build()
+    b, w = np.random.default_rng(0).standard_normal((2, systems, case.n))
+    return replace(case, name=name, batch=systems, b=b, w=w)
 
 
 CASES: dict[str, Callable[[], Case]] = {
     "tiny10": partial(random_graph, 10, 60, "tiny10"),
     "tiny100": partial(grid, 10, 10, name="tiny100"),
+    "batch1024x100": partial(batch_of, 1024, partial(grid, 10, 10, name=""), "batch1024x100"),
     "grid1e3": partial(grid, 32, 32, name="grid1e3"),
+    "random2e3": partial(random_graph, 2000, 6000, "random2e3"),
     "grid1e4": partial(grid, 100, 100, name="grid1e4"),
+    "delaunay1e4": partial(delaunay, 10_000, "delaunay1e4"),
+    "spot": partial(cotangent, "spot"),
+    "mountain": partial(cotangent, "mountain"),
     "grid9e4": partial(grid, 300, 300, name="grid9e4"),
     "grid1e5": partial(grid, 316, 317, name="grid1e5"),
-    "grid20^3": partial(grid, 20, 20, 20, name="grid20^3"),
-    "delaunay1e4": partial(delaunay, 10_000, "delaunay1e4"),
     "delaunay1e5": partial(delaunay, 100_000, "delaunay1e5"),
-    "spot": partial(cotangent, "spot"),
-    "rod300x33": partial(elasticity, "rod300x33"),
+    "grid1e6": partial(grid, 1000, 1000, name="grid1e6"),
+    "grid20^3": partial(grid, 20, 20, 20, name="grid20^3"),
+    "rod300x33": partial(tetrahedra, "rod300x33"),
+    "hexahedra16^3": partial(hexahedra, 16, "hexahedra16^3"),
+    "grid40^3": partial(grid, 40, 40, 40, name="grid40^3"),
+    "grid60^3": partial(grid, 60, 60, 60, name="grid60^3"),
     "convection1e4": partial(convection, 100, "convection1e4"),
 }
-GENERAL = {"convection1e4"}  # the cases of kind "general"; all others are "spd"
-QUICK = ["tiny10", "grid1e3", "convection1e4"]
+LARGE = {"grid1e6", "grid60^3"}  # minutes each: only where they are named, or with --large
+HEAVY = LARGE | {"grid40^3"}  # minutes each for libraries without supernodes
+DENSE = HEAVY | {"grid1e5", "delaunay1e5", "grid20^3", "rod300x33", "hexahedra16^3"}  # where BLAS kernels matter
+LIKE_ANOTHER = {"grid9e4"}  # only where they are named
+QUICK = ["tiny10", "batch1024x100", "grid1e3", "convection1e4"]

@@ -16,6 +16,8 @@ class SuperLU(Peer):
 
     name = "superlu"
     packages: ClassVar[list[str]] = ["scipy"]
+    modules: ClassVar[list[str]] = ["scipy.sparse.linalg"]
+    heavy = False
     kinds: ClassVar[set[str]] = {"spd", "general"}
     analyzes = False
 
@@ -51,6 +53,9 @@ class Cholespy(Peer):
 
     name = "cholespy"
     packages: ClassVar[list[str]] = ["cholespy"]
+    modules: ClassVar[list[str]] = ["cholespy"]
+    heavy = False
+    columns = False
     analyzes = False
 
     def __init__(self, case: Case) -> None:
@@ -68,3 +73,25 @@ class Cholespy(Peer):
         x = torch.empty_like(b)
         self.F.solve(b.contiguous(), x)
         return x
+
+
+class TorchSla(Peer):
+    """torch-sla's `spsolve`, which gives no factor: SuperLU in each step, and a derivative of its own."""
+
+    name = "torch-sla"
+    packages: ClassVar[list[str]] = ["torch-sla"]
+    modules: ClassVar[list[str]] = ["torch_sla"]
+    kinds: ClassVar[set[str]] = {"spd", "general"}
+    analyzes = False
+    factors = False
+    heavy = False
+
+    def __init__(self, case: Case) -> None:
+        from torch_sla import spsolve
+
+        super().__init__(case)
+        self.spsolve = spsolve
+
+    def apply(self, values: Tensor, b: Tensor) -> Tensor:
+        shape = (self.case.n, self.case.n)
+        return self.spsolve(values, self.rows, self.cols, shape, b, backend="scipy", method="lu")

@@ -2,20 +2,26 @@
 
 A peer analyzes one pattern, then factorizes new values as often as asked and solves. Each is used as a
 careful user would: the analysis once wherever the library allows it, values gathered into its own order
-through positions computed once, the factor of the forward pass reused in the backward pass.
-`configurations` lists what is tried; the fastest counts.
+through positions computed once, the factor of the forward pass reused in the backward pass, many right-hand
+sides in the memory layout that the library wants. `configurations` lists what is tried; for each phase the
+fastest counts.
 """
 
+import importlib
+import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from cases import Array, Case
+from cases import DENSE, HEAVY, Array, Case
 from torch import Tensor
 
 Configuration = dict[str, Any]
 SMALL = 1000  # entries below which NumPy's indexing is faster than torch's
+CORES = len(os.sched_getaffinity(0))
+THREADS = sorted({1, CORES})  # numbers of threads that are tried
 
 
 class Peer:
@@ -23,28 +29,56 @@ class Peer:
 
     name: ClassVar[str]
     packages: ClassVar[list[str]]  # whose versions are reported
+    modules: ClassVar[list[str]]  # that must be there
     kinds: ClassVar[set[str]] = {"spd"}
     analyzes: ClassVar[bool] = True  # whether it has an analysis of its own
+    factors: ClassVar[bool] = True  # whether it can be asked for a factor and for solves with it
+    batches: ClassVar[bool] = False  # whether it takes a batch in one call; else the batch is a loop
+    heavy: ClassVar[bool] = True  # whether it gets through the cases of HEAVY within minutes
+    columns: ClassVar[bool] = True  # whether it wants many right-hand sides column by column
+    dtype: ClassVar[torch.dtype] = torch.float64
     torch_threads: ClassVar[int] = 1  # more did not speed up `gradient`, and suffer where cores are shared
-    environment: ClassVar[dict[str, str]] = {}  # of the process it runs in, where not set
+    environment: ClassVar[dict[str, str]] = {}  # of the process it runs in
+    flag: ClassVar[str] = ""  # of the processor, for a variant of another peer with the kernels for it
+
+    @classmethod
+    def load(cls) -> None:
+        """Imports what the peer needs.
+
+        Raises:
+            ImportError: it is not installed.
+        """
+        for module in cls.modules:
+            importlib.import_module(module)
+
+    @classmethod
+    def takes(cls, case: Case) -> bool:
+        """Whether the peer solves such systems, within minutes."""
+        within = (cls.heavy or case.name not in HEAVY) and (not cls.flag or case.name in DENSE)
+        return within and case.kind in cls.kinds and (cls.factors or not case.batch)
 
     def __init__(self, case: Case) -> None:
         self.case = case
         self.rows, self.cols = torch.from_numpy(case.indices)
 
     def configurations(self) -> Iterator[Configuration]:
+        """Yields what is tried. "threads" is the number that BLAS is told."""
         yield {}
 
     def analyze(self, configuration: Configuration) -> None:
         """Prepares everything that depends on the pattern only."""
 
     def refactorize(self, values: Tensor) -> None:
-        """Factorizes new values [nnz; float64], given in the order of the case."""
+        """Factorizes new values [nnz], given in the order of the case; [batch, nnz] for a batch."""
         raise NotImplementedError
 
     def solve(self, b: Tensor, adjoint: bool = False) -> Tensor:
-        """Returns A^-1 b or A^-T b [n; float64] with the latest factor."""
+        """Returns A^-1 b or A^-T b, [n] or [n, k], with the latest factor; [batch, n] for a batch."""
         raise NotImplementedError
+
+    def refactorize_and_solve(self, values: Tensor, b: Tensor) -> Tensor:
+        self.refactorize(values)
+        return self.solve(b)
 
     def apply(self, values: Tensor, b: Tensor) -> Tensor:
         """Returns x = A^-1 b, differentiable in values and b."""
@@ -52,18 +86,43 @@ class Peer:
 
     def gradient(self, adjoint: Tensor, x: Tensor) -> Tensor:
         """Returns dl/dvalues[k] = -adjoint[i_k] x[j_k]."""
-        if len(self.rows) < SMALL:
+        if len(self.rows) < SMALL and not self.case.batch:
             rows, cols = self.case.indices
             return torch.from_numpy(-(adjoint.numpy()[rows] * x.numpy()[cols]))
-        return adjoint.index_select(0, self.rows).mul_(x.index_select(0, self.cols)).neg_()
+        return adjoint.index_select(-1, self.rows).mul_(x.index_select(-1, self.cols)).neg_()
 
     def late_analysis(self) -> float:
         """Returns the seconds of the first factorization that were analysis."""
         return 0.0
 
-    def facts(self) -> dict[str, float]:
-        """Returns what the peer reports of its factor: nnz(L), flops."""
+    def facts(self, configuration: Configuration) -> dict[str, Any]:
+        """Returns what the peer knows of its latest factor, made so: nnz (of L), flops. May spoil the factor."""
         return {}
+
+
+class Loop(Peer):
+    """A batch by a peer that takes one matrix at a time: one peer for each, so that every factor is kept."""
+
+    def __init__(self, kind: type[Peer], case: Case) -> None:
+        super().__init__(case)
+        single = replace(case, batch=0, b=case.b[0], w=case.w[0])
+        self.peers = [kind(single) for _ in range(case.batch)]
+
+    def configurations(self) -> Iterator[Configuration]:
+        for configuration in self.peers[0].configurations():
+            if configuration.get("threads", 1) == 1:  # small systems
+                yield configuration
+
+    def analyze(self, configuration: Configuration) -> None:
+        for peer in self.peers:
+            peer.analyze(configuration)
+
+    def refactorize(self, values: Tensor) -> None:
+        for peer, each in zip(self.peers, values.unbind(), strict=True):
+            peer.refactorize(each)
+
+    def solve(self, b: Tensor, adjoint: bool = False) -> Tensor:
+        return torch.stack([peer.solve(each, adjoint) for peer, each in zip(self.peers, b.unbind(), strict=True)])
 
 
 class _Solve(torch.autograd.Function):
@@ -74,8 +133,7 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, b: Tensor, peer: Peer) -> Tensor:
-        peer.refactorize(values.detach())
-        x = peer.solve(b.detach())
+        x = peer.refactorize_and_solve(values.detach(), b.detach())
         ctx.peer = peer
         ctx.save_for_backward(x)
         return x

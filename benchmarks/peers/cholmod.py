@@ -1,27 +1,41 @@
 """CHOLMOD, as CVXOPT bundles it and as scikit-sparse finds it on the system."""
 
 from collections.abc import Iterator
-from itertools import product
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from cases import Array, Case
+from cases import LARGE, Array, Case
 from torch import Tensor
 
-from peers.base import Configuration, Peer, compressed
+from peers.base import THREADS, Configuration, Peer, compressed
+
+SMALL = 20_000  # unknowns, beyond which a simplicial factorization does not win
+COUNTED = 20_000  # unknowns, up to which column counts are taken from a simplicial factor
+
+
+def orderings(case: Case, *known: str) -> list[str]:
+    return [name for name in known if name != "amd" or case.name not in LARGE]
 
 
 class Cvxopt(Peer):
-    """CVXOPT's own CHOLMOD, without OpenMP, with an OpenBLAS 0.3.15 on one thread that mistakes a Zen 5."""
+    """CVXOPT's own CHOLMOD, without OpenMP, with an OpenBLAS 0.3.15 on one thread that mistakes a Zen 5.
+
+    CVXOPT's permutation for METIS comes from scikit-sparse, where that is there.
+    """
 
     name = "cvxopt"
     packages: ClassVar[list[str]] = ["cvxopt"]
+    modules: ClassVar[list[str]] = ["cvxopt.cholmod"]
     environment: ClassVar[dict[str, str]] = {"OPENBLAS_CORETYPE": "Haswell"}
 
     def configurations(self) -> Iterator[Configuration]:
-        for supernodal, ordering in product((0, 2), ("amd", "metis")):
-            yield {"ordering": ordering, "supernodal": supernodal}
+        known = ("amd", "metis") if find_spec("sksparse") else ("amd",)
+        for ordering in orderings(self.case, *known) or known:
+            yield {"ordering": ordering, "supernodal": 2}
+            if self.case.n <= SMALL:
+                yield {"ordering": ordering, "supernodal": 0}
 
     def __init__(self, case: Case) -> None:
         import cvxopt.cholmod
@@ -51,7 +65,13 @@ class Cvxopt(Peer):
     def solve(self, b: Tensor, adjoint: bool = False) -> Tensor:
         x = self.cvxopt.matrix(b.numpy())
         self.cholmod.solve(self.F, x)
-        return torch.from_numpy(np.asarray(x)[:, 0])
+        return torch.from_numpy(np.asarray(x)[:, 0] if b.ndim == 1 else np.asarray(x))
+
+
+class CvxoptAvx512(Cvxopt):
+    name = "cvxopt-avx512"
+    environment: ClassVar[dict[str, str]] = {"OPENBLAS_CORETYPE": "SkylakeX"}
+    flag = "avx512f"
 
 
 def metis_permutation(case: Case) -> Array:
@@ -74,12 +94,14 @@ class ScikitSparse(Peer):
 
     name = "scikit-sparse"
     packages: ClassVar[list[str]] = ["scikit-sparse"]
+    modules: ClassVar[list[str]] = ["sksparse.cholmod", "threadpoolctl"]
     environment: ClassVar[dict[str, str]] = {"OMP_THREAD_LIMIT": "1"}
 
     def configurations(self) -> Iterator[Configuration]:
-        for ordering in ("amd", "metis", "nesdis"):
-            yield {"ordering": ordering, "mode": "simplicial", "threads": 1}
-            for threads in (1, 2):
+        for ordering in orderings(self.case, "amd", "metis", "nesdis"):
+            if self.case.n <= SMALL:
+                yield {"ordering": ordering, "mode": "simplicial", "threads": 1}
+            for threads in THREADS[-1:] if self.case.name in LARGE else THREADS:
                 yield {"ordering": ordering, "mode": "supernodal", "threads": threads}
 
     def __init__(self, case: Case) -> None:
@@ -101,14 +123,17 @@ class ScikitSparse(Peer):
     def solve(self, b: Tensor, adjoint: bool = False) -> Tensor:
         return torch.from_numpy(self.F.solve_A(b.numpy()))
 
-    def facts(self) -> dict[str, float]:
-        """Exact column counts of each ordering, from simplicial factors."""
-        facts: dict[str, float] = {}
-        values = self.case.values(0)
-        for ordering in ("amd", "metis"):
-            self.F = self.cholmod.analyze(self.A, mode="simplicial", ordering_method=ordering)
-            self.A.data[:] = values[self.positions]
-            self.F.cholesky_inplace(self.A)
-            counts = np.diff(self.F.L().indptr).astype(float)
-            facts |= {f"nnz(L) {ordering}": counts.sum(), f"flops {ordering}": (counts**2).sum()}
-        return facts
+    def facts(self, configuration: Configuration) -> dict[str, Any]:
+        """Exact column counts, from a simplicial factor."""
+        if self.case.n > COUNTED:
+            return {}
+        self.analyze(configuration | {"mode": "simplicial"})
+        self.refactorize(torch.from_numpy(self.case.values(0)))
+        counts = np.diff(self.F.L().indptr).astype(float)
+        return {"nnz": counts.sum(), "flops": (counts**2).sum()}
+
+
+class ScikitSparseAvx512(ScikitSparse):
+    name = "scikit-sparse-avx512"
+    environment: ClassVar[dict[str, str]] = ScikitSparse.environment | {"OPENBLAS_CORETYPE": "SkylakeX"}
+    flag = "avx512f"
