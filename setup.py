@@ -33,7 +33,7 @@ KERNELS = [f"spcache_{name}" for name in SIMD]
 # Module: its source and what it is linked with. Kernels come first: a linker drops what nobody needs so far.
 MODULES = {
     "spcache._pattern": ("src/pattern.pyx", []),
-    "spcache.engines._multifrontal": ("src/multifrontal.pyx", [*KERNELS, "amd", "metis"]),
+    "spcache.engines._multifrontal": ("src/multifrontal.pyx", [*KERNELS, "amd", "camd", "metis"]),
     "spcache.engines._klu": ("src/klu.pyx", ["klu", "btf", "amd", "colamd", "suitesparseconfig"]),
     "spcache.engines._cudss": ("src/cudss.pyx", []),  # cuDSS itself is loaded when it is needed
 }

@@ -13,10 +13,8 @@ from libcpp.memory cimport unique_ptr
 from libcpp.vector cimport vector
 
 from amd cimport AMD_OK, AMD_OK_BUT_JUMBLED, AMD_OUT_OF_MEMORY, amd_order
-from metis cimport (
-    IDXTYPEWIDTH, METIS_NOPTIONS, METIS_NodeND, METIS_OK, METIS_OPTION_NUMBERING, METIS_OPTION_SEED,
-    METIS_SetDefaultOptions, idx_t,
-)
+from camd cimport CAMD_OK, CAMD_OK_BUT_JUMBLED, CAMD_OUT_OF_MEMORY, camd_order
+from metis cimport METIS_OK
 
 import numpy
 
@@ -90,7 +88,9 @@ cdef extern from "kernels/analysis.hpp" namespace "spcache" nogil:
     void c_solve "spcache::solve"(const Kernels&, const Tree&, const Schedule&, const void*, const void*, void*, int64_t,
                                   const SolveScratch*, int)
     Prediction c_predict "spcache::predict"(int32_t, const int64_t*, const int32_t*, const int32_t*) except +
-    void adjacency(int32_t, const int64_t*, const int32_t*, vector[int32_t]&, vector[int32_t]&) except +
+
+cdef extern from "kernels/dissection.hpp" namespace "spcache" nogil:
+    int dissect(int32_t, const int64_t*, const int32_t*, int32_t*) except +
 
 cdef extern from *:
     """
@@ -171,30 +171,39 @@ def amd(int64_t[::1] indptr, int32_t[::1] indices):
     return perm
 
 
-def metis(int64_t[::1] indptr, int32_t[::1] indices):
-    """Nested dissection by METIS. Not to be called by two threads at once: METIS swaps signal handlers and rand()."""
+def separate(int64_t[::1] indptr, int32_t[::1] indices):
+    """[n; int32] the parts and separators of a nested dissection, numbered in the order of elimination. Not to be called
+    by two threads at once: METIS calls rand()."""
     check_structure(indptr, indices)
     cdef int32_t n = <int32_t> (indptr.shape[0] - 1)
-    cdef vector[int32_t] xadj, adjncy
-    cdef idx_t options[METIS_NOPTIONS]
     cdef const int32_t* Ai = &indices[0] if indices.shape[0] else NULL
-    perm, inverse = numpy.empty(n, numpy.int32), numpy.empty(n, numpy.int32)
-    cdef int32_t[::1] P = perm
-    cdef int32_t[::1] Pinv = inverse
+    sets = numpy.empty(n, numpy.int32)
+    cdef int32_t[::1] S = sets
     cdef int status
-    if IDXTYPEWIDTH != 32:
-        raise NotImplementedError(
-            "this METIS was built with 64-bit indices and cannot be used; pass ordering='amd', or install the 32-bit build")
     with nogil:
-        adjacency(n, &indptr[0], Ai, xadj, adjncy)
-        if adjncy.size() == 0:
-            adjncy.reserve(1)
-        METIS_SetDefaultOptions(options)
-        options[METIS_OPTION_SEED] = 1  # the same ordering every time
-        options[METIS_OPTION_NUMBERING] = 0
-        status = METIS_NodeND(&n, xadj.data(), adjncy.data(), NULL, options, &P[0], &Pinv[0])
+        status = dissect(n, &indptr[0], Ai, &S[0])
     if status != METIS_OK:
-        raise MemoryError(f"METIS_NodeND returned {status}")
+        raise MemoryError(f"METIS_ComputeVertexSeparator returned {status}")
+    return sets
+
+
+def camd(int64_t[::1] indptr, int32_t[::1] indices, int32_t[::1] sets):
+    """As `amd`, but set by set: vertices with sets[i] = 0 come first, then those with 1, ..."""
+    check_structure(indptr, indices)
+    cdef int32_t n = <int32_t> (indptr.shape[0] - 1)
+    cdef int32_t[::1] Ap = numpy.asarray(indptr, numpy.int32)
+    perm = numpy.empty(n, numpy.int32)
+    cdef int32_t[::1] P = perm
+    cdef const int32_t* Ai = &indices[0] if indices.shape[0] else &P[0]
+    cdef int status
+    if sets.shape[0] != n or numpy.min(sets) < 0 or numpy.max(sets) >= n:
+        raise ValueError(f"sets must be [{n}] numbers from 0 to {n - 1}")
+    with nogil:
+        status = camd_order(n, &Ap[0], Ai, &P[0], NULL, NULL, &sets[0])
+    if status == CAMD_OUT_OF_MEMORY:
+        raise MemoryError("CAMD ordering")
+    if status != CAMD_OK and status != CAMD_OK_BUT_JUMBLED:
+        raise ValueError("the structure is not valid CSC")
     return perm
 
 

@@ -19,7 +19,7 @@ ORDERINGS = ("auto", "amd", "metis", "natural")
 # Below this much work AMD is taken as it comes: METIS would cost more than it can save.
 _METIS_FROM_FLOPS = 1e6
 
-# METIS swaps the process's signal handlers and calls rand(): never two calls at once, and no fork during one, or the
+# METIS calls rand(): never two calls at once, or the orderings differ from time to time, and no fork during one, or the
 # child would find the lock inside rand() taken forever.
 _metis_lock = threading.Lock()
 os.register_at_fork(before=_metis_lock.acquire, after_in_parent=_metis_lock.release, after_in_child=_metis_lock.release)
@@ -31,8 +31,10 @@ def _simd() -> str:
 
 
 def _metis(structure: Structure) -> np.ndarray:
+    """Nested dissection: METIS finds the separators, CAMD orders inside of the parts."""
     with _metis_lock:
-        return _multifrontal.metis(structure.indptr, structure.indices)
+        sets = _multifrontal.separate(structure.indptr, structure.indices)
+    return _multifrontal.camd(structure.indptr, structure.indices, sets)
 
 
 def _order(structure: Structure, ordering: str) -> tuple[str, np.ndarray]:

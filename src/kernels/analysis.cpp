@@ -190,21 +190,6 @@ Prediction predict(int32_t n, const int64_t* indptr, const int32_t* indices, con
   return predict(column_counts(n, p, parent, postorder(parent)));
 }
 
-void adjacency(int32_t n, const int64_t* indptr, const int32_t* indices, Ints& xadj, Ints& adjncy) {
-  Ints identity(n);
-  std::iota(identity.begin(), identity.end(), 0);
-  Permuted p = permute(n, indptr, indices, identity.data());
-  if (2 * int64_t(p.rows.size()) > INT32_MAX) throw std::overflow_error("adjacency exceeds 32-bit indices");
-  xadj.assign(1, 0);
-  adjncy.clear();
-  adjncy.reserve(2 * p.rows.size());
-  for (int32_t j = 0; j < n; j++) {
-    adjncy.insert(adjncy.end(), p.columns.begin() + p.row_ptr[j], p.columns.begin() + p.row_ptr[j + 1]);
-    adjncy.insert(adjncy.end(), p.rows.begin() + p.column_ptr[j], p.rows.begin() + p.column_ptr[j + 1]);
-    xadj.push_back(int32_t(adjncy.size()));
-  }
-}
-
 Plan::Plan(int32_t n_, const int64_t* indptr, const int32_t* indices, const int32_t* fill_reducing) : n(n_) {
   // Elimination tree and column counts of the fill-reducing order, renumbered by a postorder of that tree.
   perm.assign(fill_reducing, fill_reducing + n);

@@ -84,8 +84,4 @@ void solve_batch(const Kernels& kernels, const Tree& tree, const Schedule& sched
 // Both take the lower triangle of the structure (the diagonal may be missing); perm[k] is the original index of pivot k.
 Prediction predict(int32_t n, const int64_t* indptr, const int32_t* indices, const int32_t* perm);
 
-// The whole symmetric adjacency without the diagonal, as METIS wants it.
-void adjacency(int32_t n, const int64_t* indptr, const int32_t* indices, std::vector<int32_t>& xadj,
-               std::vector<int32_t>& adjncy);
-
 }  // namespace spcache
