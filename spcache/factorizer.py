@@ -18,7 +18,7 @@ from .autograd import silence
 from .convention import CONJUGATED, NONE, TRANSPOSED, Convention
 from .device import DeviceFactor, DevicePool, HostFactor, Pairs, to_host
 from .dynamo import hide
-from .engines import DTYPE_CODES, cudss, engine_for
+from .engines import DTYPE_CODES, Permutation, cudss, engine_for
 from .errors import MODIFIED, EngineUnavailableError, NotPositiveDefiniteError, SingularMatrixError
 from .factor import NumericFactor, Pool, describe
 from .memory import plain
@@ -279,13 +279,20 @@ class Factorizer:
             contributions = self._contributions(kind, on_device)
             ordering = self.options["ordering"]
             structure = contributions.structure
-            named = (ordering,) if on_device else self.orderings.get(kind, (ordering,))
+            named: tuple[Any, ...] = ("given", ordering.pivots) if isinstance(ordering, Permutation) else (ordering,)
+            if not on_device:
+                named = self.orderings.get(kind, named)
+            elif len(named) > 1:
+                raise EngineUnavailableError(
+                    "cuDSS orders by itself: a permutation as ordering serves CPU tensors; name an ordering, or pass "
+                    "cuda='host'"
+                )
             where = (kind, device) if on_device else ()
 
             def analyze() -> Any:
                 return engine.analyze(structure, *named, *where)
 
-            plan, found = plan_cache.find((engine.__name__, structure, ordering, *where), analyze)
+            plan, found = plan_cache.find((engine.__name__, engine.variant(), structure, ordering, *where), analyze)
             averaged = self.convention.mirror != NONE or kind == "spd"
             one_triangle = self.convention.one_triangle
             assembly = plan.assembly(

@@ -27,7 +27,7 @@ class Stats:
         flops: floating-point operations of one factorization, predicted by the analysis.
         bytes: memory of the pattern, the plans and the factors this system holds or keeps idle.
         engine: name of the engine that served last ("" before the first factorization).
-        ordering: the fill-reducing ordering it used.
+        ordering: the fill-reducing ordering it used; "given" where it came as a permutation.
         seconds: time spent per phase: "analyze", "factorize", "solve".
     """
 

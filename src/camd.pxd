@@ -3,6 +3,9 @@ from libc.stdint cimport int32_t
 
 cdef extern from "camd.h" nogil:
     enum:
+        CAMD_MAIN_VERSION
+        CAMD_SUB_VERSION
+        CAMD_SUBSUB_VERSION
         CAMD_OK
         CAMD_OK_BUT_JUMBLED
         CAMD_OUT_OF_MEMORY

@@ -29,7 +29,7 @@ LEVELS = [
     ["iterative", "autograd"],
     ["plans", "stats", "matrices", "handles"],
     ["convention"],
-    ["pattern"],
+    ["pattern", "config"],
     ["engines"],
     ["engines.multifrontal", "engines.klu", "engines.cudss"],
     ["memory", "engines.protocol", "_pattern", "engines._multifrontal", "engines._klu", "engines._cudss"],

@@ -148,7 +148,7 @@ class Dissection {
       for (idx_t v = 0; v < g.size(); v++) side[part[v]] += g.weight[v];
     }
     // What cannot be cut into two sides of some size stays whole; so the depth is bounded by the logarithm.
-    if (10 * std::min(side[0], side[1]) < total) {
+    if (10 * std::min(side[0], side[1]) <= total) {
       std::fill(part.begin(), part.end(), 0);
       number(g, part, 0);
       return METIS_OK;

@@ -94,7 +94,7 @@ Schedule::Schedule(const Plan& plan, int threads) {
         *std::min_element(load.begin(), load.end()) += copy.top().first;
       const double time = above + *std::max_element(load.begin(), load.end());
       if (time < 0.98 * best) { best = time; snapshot(); }
-      if (above > best || largest.empty()) break;
+      if (above > best || largest.empty() || largest.top().first < 0.01 * total / threads) break;
       const int32_t s = largest.top().second;
       largest.pop();
       above += work_of(plan, s) / (rows_of(plan, s) >= SHARE_FROM ? 0.8 * threads : 1);
