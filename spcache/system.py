@@ -322,19 +322,19 @@ def _integer(name: str, value: Any) -> int:
 
 def _permutation(ordering: Tensor | np.ndarray, m: int, n: int) -> Permutation:
     """A copy of an ordering that the caller gives, validated."""
-    if isinstance(ordering, Tensor):
-        ordering = read(ordering, lambda t: t.detach().cpu().numpy())
-    if ordering.dtype.kind not in "iu":
-        raise TypeError(f"ordering must be a name or integers (int32 or int64), got dtype {ordering.dtype}")
+    given: np.ndarray
+    given = read(ordering, lambda t: t.detach().cpu().numpy()) if isinstance(ordering, Tensor) else ordering
+    if given.dtype.kind not in "iu":
+        raise TypeError(f"ordering must be a name or integers (int32 or int64), got dtype {given.dtype}")
     if m != n:
         raise ValueError(f"an ordering of pivots needs a square matrix, got shape ({m}, {n}); pass ordering='auto'")
-    if ordering.shape != (n,):
-        raise ValueError(f"ordering must have shape ({n},), one original index for each pivot, got {ordering.shape}")
-    beyond = np.flatnonzero((ordering < 0) | (ordering >= n))
+    if given.shape != (n,):
+        raise ValueError(f"ordering must have shape ({n},), one original index for each pivot, got {given.shape}")
+    beyond = np.flatnonzero((given < 0) | (given >= n))
     if len(beyond):
         k = int(beyond[0])
-        raise ValueError(f"ordering must list each of 0..{n - 1} once, got ordering[{k}] = {int(ordering[k])}")
-    pivots = np.array(ordering, np.int32)
+        raise ValueError(f"ordering must list each of 0..{n - 1} once, got ordering[{k}] = {int(given[k])}")
+    pivots = np.array(given, np.int32)
     times = np.bincount(pivots, minlength=n)
     if (times > 1).any():
         i = int(np.argmax(times > 1))

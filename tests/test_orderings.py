@@ -184,7 +184,7 @@ def test_parts_and_separators():
 
     for top in range(sets.max() - 3, sets.max() + 1):
         left = (sets[i] < top) & (sets[j] < top)
-        count, label = connected_components(sp.coo_matrix((np.ones(left.sum()), (i[left], j[left])), (n, n)))
+        _, label = connected_components(sp.coo_matrix((np.ones(left.sum()), (i[left], j[left])), (n, n)))
         sizes = np.bincount(label, sets < top)
         assert (sizes > 0.05 * n).sum() >= 2
 

@@ -19,8 +19,8 @@ LIBRARIES = _multifrontal.LIBRARIES
 
 ORDERINGS = ("auto", "amd", "metis", "natural")
 
-# Below this much work, or this much for each entry of the factor, AMD is taken as it comes: its factorizations take no
-# longer on meshes of up to 10,000 unknowns, although METIS predicts a fifth less work, and METIS is most of an analysis.
+# Below this much work, or this much for each entry of the factor, AMD is taken as it comes: on meshes of up to 10,000
+# unknowns its factorizations take no longer, although METIS predicts a fifth less work and is most of an analysis.
 _METIS_FROM_FLOPS = 1e6
 _METIS_FROM_INTENSITY = 64
 

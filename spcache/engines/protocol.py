@@ -1,9 +1,10 @@
 """What an engine of the CPU must offer. `tests/test_engines.py` checks each of them against this page; that of CUDA
 (cudss.py) has the same objects, and takes tensors where these take addresses.
 
-An engine is a module with a function `analyze`, which makes a `SymbolicFactor` of one canonical structure, an ordering's
-name, and perhaps that ordering itself, [n; int32], the original index of each pivot; and a function `variant`, which
-names what else its plans depend on (an environment variable), "" for nothing. The symbolic factor lends itself to any number of `Storage`s, each of which holds the factors of one batch of values.
+An engine is a module with a function `analyze`, which makes a `SymbolicFactor` of one canonical structure, the name of
+an ordering, and perhaps that ordering itself, [n; int32], the original index of each pivot; and a function `variant`,
+which names what else its plans depend on (an environment variable), "" for nothing. The symbolic factor lends itself
+to any number of `Storage`s, each of which holds the factors of one batch of values.
 
 Arrays of numbers are passed as an address with their sizes, never as tensors: native code knows pointers only, and
 `tensor.data_ptr()` is the cheapest way to hand one over. Whoever calls keeps the memory alive and has checked dtype,
