@@ -139,7 +139,7 @@ bool check(int side, Dtype dtype, bool dense = false) {
       if (i != j) residual[j] += values[e] * one.x[3 * i];
     }
   for (const T& r : residual)
-    if (!(abs(r) < 100 * std::numeric_limits<Real<T>>::epsilon())) return false;
+    if (!(spcache::abs(r) < 100 * std::numeric_limits<Real<T>>::epsilon())) return false;
   bool equal = share_a_batch(plan, assembly, values, dtype, one);
   for (int threads = 2; threads <= 4; threads++) equal &= run(plan, assembly, values, dtype, threads) == one;
   return equal;
