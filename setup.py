@@ -34,7 +34,7 @@ KERNELS = [f"spcache_{name}" for name in SIMD]
 MODULES = {
     "spcache._pattern": ("src/pattern.pyx", []),
     "spcache._normal": ("src/normal.pyx", []),
-    "spcache.engines._multifrontal": ("src/multifrontal.pyx", [*KERNELS, "amd", "metis"]),
+    "spcache.engines._multifrontal": ("src/multifrontal.pyx", [*KERNELS, "amd", "camd", "metis"]),
     "spcache.engines._ldl": ("src/ldl.pyx", KERNELS),
     "spcache.engines._klu": ("src/klu.pyx", ["klu", "btf", "amd", "colamd", "suitesparseconfig"]),
     "spcache.engines._cudss": ("src/cudss.pyx", []),  # cuDSS itself is loaded when it is needed

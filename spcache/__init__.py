@@ -3,6 +3,7 @@
 from . import iterative
 from ._lstsq import lstsq
 from ._operators import solve_operator
+from .config import show_config
 from .errors import (
     EngineUnavailableError,
     NotConvergedError,
@@ -30,6 +31,7 @@ __all__ = [
     "lstsq",
     "matmul",
     "plan_cache",
+    "show_config",
     "solve",
     "solve_operator",
     "solve_triangular",

@@ -19,7 +19,7 @@ from .autograd import silence
 from .convention import CONJUGATED, NONE, TRANSPOSED, Convention
 from .device import DeviceFactor, DevicePool, HostFactor, Pairs, to_host
 from .dynamo import hide
-from .engines import DTYPE_CODES, cudss, engine_for, klu, ldl
+from .engines import DTYPE_CODES, Permutation, cudss, engine_for, klu, ldl
 from .errors import MODIFIED, EngineUnavailableError, NotPositiveDefiniteError, SingularMatrixError
 from .factor import NumericFactor, Pool, describe
 from .memory import plain
@@ -341,19 +341,27 @@ class Factorizer:
             on_device = engine is cudss
             contributions = self._contributions(kind, on_device or engine is ldl)
             ordering = self.options["ordering"]
-            if careful and ordering not in klu.ORDERINGS:
+            if careful and isinstance(ordering, str) and ordering not in klu.ORDERINGS:
                 ordering = "auto"
             structure = contributions.structure
-            named = (
-                (ordering,) if on_device or careful or partner is not None else self.orderings.get(kind, (ordering,))
-            )
-            where: tuple[Any, ...] = (kind, device) if on_device else () if partner is None else (None, partner)
+            named: tuple[Any, ...] = ("given", ordering.pivots) if isinstance(ordering, Permutation) else (ordering,)
+            if not on_device:
+                if not careful and partner is None:
+                    named = self.orderings.get(kind, named)
+            elif len(named) > 1:
+                raise EngineUnavailableError(
+                    "cuDSS orders by itself: a permutation as ordering serves CPU tensors; name an ordering, or pass "
+                    "cuda='host'"
+                )
+            where: tuple[Any, ...] = (kind, device) if on_device else ()
+            if partner is not None:
+                where = (partner,) if len(named) > 1 else (None, partner)
 
             def analyze() -> Any:
                 return engine.analyze(structure, *named, *where)
 
             paired = where if partner is None else (partner.tobytes(),)
-            plan, found = plan_cache.find((engine.__name__, structure, ordering, *paired), analyze)
+            plan, found = plan_cache.find((engine.__name__, engine.variant(), structure, ordering, *paired), analyze)
             assembly = self._assembly_of(plan, kind, contributions)
             if on_device:
                 pool = DevicePool(self.pattern.n, plan, assembly, self.stats, self.convention.matvec, self.checks)

@@ -78,7 +78,7 @@ class Pattern:
     @property
     def nbytes(self) -> int:
         """Memory of the indices, and of the structures asked for so far."""
-        made = (self.__dict__.get(name) for name in ("stored", "lower", "mirrored"))
+        made = (self.__dict__.get(name) for name in ("stored", "lower", "mirrored", "paired"))
         return self.rows.nbytes + self.columns.nbytes + sum(c.nbytes for c in made if c is not None)
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

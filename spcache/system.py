@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from . import matrices
-from .engines import KINDS, engine_for
+from .engines import KINDS, Permutation, engine_for
 from .factor import Factor
 from .factorizer import Factorizer
 from .handles import system_handle
 from .least_squares import Fitter
 from .library import is_vector, recorded, traced_least_squares, traced_matmul, traced_solve
+from .memory import read
 from .pattern import Pattern
 from .stats import Stats
 
@@ -42,7 +43,10 @@ class SparseSystem:
             "general": nothing.
         triangle: None, both triangles are stored; "lower" or "upper", only that one is and the other is its mirror
             image. For "spd", "symmetric" and "hermitian".
-        ordering: "auto", "amd", "metis" (spd, symmetric, hermitian), "colamd" (general), "natural".
+        ordering: how rows and columns are ordered to keep the factor sparse: "auto" (what predicts the least work),
+            "amd", "metis" (nested dissection; spd, symmetric and hermitian), "colamd" (general), "natural"; or [n; integer],
+            NumPy or torch, the original index of each pivot. Kind "general" orders inside the blocks of the
+            block triangular form, and may exchange rows for the sake of pivots. Names only for cuDSS.
         threads: the most threads that a factorization or a solve may use; None: as many as torch
             (`torch.get_num_threads`). The result does not depend on it. Small systems use one
             thread; of kind "general", only batches use more.
@@ -85,7 +89,7 @@ class SparseSystem:
         *,
         kind: str = "auto",
         triangle: str | None = None,
-        ordering: str = "auto",
+        ordering: Any = "auto",
         threads: int | None = None,
         keep_factor: bool = True,
         precision: str = "working",
@@ -101,9 +105,13 @@ class SparseSystem:
             threads = _integer("threads", threads)
             if not 1 <= threads <= 1024:
                 raise ValueError(f"threads must be None or between 1 and 1024, got {threads}")
-        kinds = ("spd", "general") if kind == "auto" else (kind,)
-        for each in kinds:
-            _choice(f"ordering (with kind={kind!r})", ordering, engine_for("cpu", each).ORDERINGS)
+        if isinstance(ordering, Tensor | np.ndarray):
+            ordering = _permutation(ordering, m, n)
+        elif not isinstance(ordering, str):
+            raise TypeError(f"ordering must be a name, or a NumPy or torch array, got {type(ordering).__name__}")
+        else:
+            for each in ("spd", "general") if kind == "auto" else (kind,):
+                _choice(f"ordering (with kind={kind!r})", ordering, engine_for("cpu", each).ORDERINGS)
         if triangle is not None and kind in ("auto", "general"):
             raise ValueError(f"triangle={triangle!r} needs kind='spd', 'symmetric' or 'hermitian', got kind={kind!r}")
         if m != n and kind not in ("auto", "general"):
@@ -319,16 +327,22 @@ class SparseSystem:
         for the occasion they outlive the way to a spawned process."""
         factorizer = self._factorizer
         orderings = factorizer.found_orderings().items()
+        options = dict(factorizer.options)
+        if isinstance(options["ordering"], Permutation):
+            options["ordering"] = _to_bytes(options["ordering"].pivots)
         return {
             "indices": _to_bytes(np.stack([factorizer.pattern.rows, factorizer.pattern.columns])),
             "shape": self.shape,
-            "options": factorizer.options,
+            "options": options,
             "orderings": {kind: (name, _to_bytes(permutation)) for kind, (name, permutation) in orderings},
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         indices = _from_bytes(state["indices"]).reshape(2, -1)
-        SparseSystem.__init__(self, indices, state["shape"], **state["options"])
+        options = dict(state["options"])
+        if isinstance(options["ordering"], bytearray):
+            options["ordering"] = _from_bytes(options["ordering"])
+        SparseSystem.__init__(self, indices, state["shape"], **options)
         orderings = state["orderings"].items()
         self._factorizer.orderings = {kind: (name, _from_bytes(permutation)) for kind, (name, permutation) in orderings}
 
@@ -367,6 +381,28 @@ def _integer(name: str, value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     return operator.index(value)
+
+
+def _permutation(ordering: Tensor | np.ndarray, m: int, n: int) -> Permutation:
+    """A copy of an ordering that the caller gives, validated."""
+    given: np.ndarray
+    given = read(ordering, lambda t: t.detach().cpu().numpy()) if isinstance(ordering, Tensor) else ordering
+    if given.dtype.kind not in "iu":
+        raise TypeError(f"ordering must be a name or integers (int32 or int64), got dtype {given.dtype}")
+    if m != n:
+        raise ValueError(f"an ordering of pivots needs a square matrix, got shape ({m}, {n}); pass ordering='auto'")
+    if given.shape != (n,):
+        raise ValueError(f"ordering must have shape ({n},), one original index for each pivot, got {given.shape}")
+    beyond = np.flatnonzero((given < 0) | (given >= n))
+    if len(beyond):
+        k = int(beyond[0])
+        raise ValueError(f"ordering must list each of 0..{n - 1} once, got ordering[{k}] = {int(given[k])}")
+    pivots = np.array(given, np.int32)
+    times = np.bincount(pivots, minlength=n)
+    if (times > 1).any():
+        i = int(np.argmax(times > 1))
+        raise ValueError(f"ordering must list each of 0..{n - 1} once, got {i} {times[i]} times")
+    return Permutation(pivots)
 
 
 def _require_partners(pattern: Pattern, kind: str, triangle: str | None) -> None:

@@ -3,6 +3,9 @@ from libc.stdint cimport int32_t
 
 cdef extern from "amd.h" nogil:
     enum:
+        AMD_MAIN_VERSION
+        AMD_SUB_VERSION
+        AMD_SUBSUB_VERSION
         AMD_OK
         AMD_OK_BUT_JUMBLED
         AMD_OUT_OF_MEMORY

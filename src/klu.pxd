@@ -7,6 +7,19 @@ cdef extern from "klu.h" nogil:
     enum:
         KLU_OK
         KLU_INVALID
+        KLU_MAIN_VERSION
+        KLU_SUB_VERSION
+        KLU_SUBSUB_VERSION
+        BTF_MAIN_VERSION
+        BTF_SUB_VERSION
+        BTF_SUBSUB_VERSION
+    int SuiteSparse_version(int* version)
+
+cdef extern from "colamd.h" nogil:
+    enum:
+        COLAMD_MAIN_VERSION
+        COLAMD_SUB_VERSION
+        COLAMD_SUBSUB_VERSION
 
 cdef extern from "kernels/klu.hpp" namespace "spcache" nogil:
     ctypedef int Dtype
@@ -30,5 +43,5 @@ cdef extern from "kernels/klu.hpp" namespace "spcache" nogil:
         Factors* factors(Dtype, int64_t batch) except +
         Analysis* widened(int* status) except +
         int64_t nbytes()
-    Analysis* analyze(int64_t n, const int64_t* indptr, const int32_t* indices, int ordering, bool wide,
-                      int* status) except +
+    Analysis* analyze(int64_t n, const int64_t* indptr, const int32_t* indices, int ordering,
+                      const int32_t* given, bool wide, int* status) except +

@@ -11,9 +11,29 @@ from libc.stdlib cimport free, malloc
 from libcpp cimport bool
 from libcpp.memory cimport unique_ptr
 
-from klu cimport KLU_INVALID, KLU_OK, Analysis, CAssembly, Dtype, Factors, analyze
+import numpy
+
+from klu cimport (
+    BTF_MAIN_VERSION, BTF_SUB_VERSION, BTF_SUBSUB_VERSION, COLAMD_MAIN_VERSION, COLAMD_SUB_VERSION, COLAMD_SUBSUB_VERSION,
+    KLU_INVALID, KLU_MAIN_VERSION, KLU_OK, KLU_SUB_VERSION, KLU_SUBSUB_VERSION, Analysis, CAssembly, Dtype, Factors,
+    SuiteSparse_version, analyze,
+)
+
+
+def suitesparse():
+    """The version of SuiteSparse that is loaded."""
+    cdef int version[3]
+    SuiteSparse_version(version)
+    return ".".join(map(str, version))
+
 
 ORDERINGS = ("amd", "colamd", "natural")  # as KLU numbers them
+LIBRARIES = {  # what this was built with, but for the first
+    "SuiteSparse": f"{suitesparse()} loaded",
+    "KLU": f"{KLU_MAIN_VERSION}.{KLU_SUB_VERSION}.{KLU_SUBSUB_VERSION}, 32-bit indices, 64-bit ones for factors that need them",
+    "BTF": f"{BTF_MAIN_VERSION}.{BTF_SUB_VERSION}.{BTF_SUBSUB_VERSION}, as KLU",
+    "COLAMD": f"{COLAMD_MAIN_VERSION}.{COLAMD_SUB_VERSION}.{COLAMD_SUBSUB_VERSION}, as KLU",
+}
 
 
 cdef class Memory:
@@ -39,20 +59,29 @@ cdef class Symbolic:
         indptr, indices: canonical CSC.
         ordering: one of ORDERINGS, inside the blocks of the block triangular form.
         wide: 64-bit indices from the start.
+        permutation: [n; int32] used instead of an ordering of KLU's, which `ordering` then only names.
     """
     cdef unique_ptr[Analysis] first  # as analyzed; Storages that began with it keep using it
     cdef unique_ptr[Analysis] wide   # 64-bit indices, once needed
     cdef readonly str ordering
     cdef list idle                   # Memory that no call uses at the moment
 
-    def __init__(self, int64_t[::1] indptr, int32_t[::1] indices, str ordering, bool wide=False):
+    def __init__(self, int64_t[::1] indptr, int32_t[::1] indices, str ordering, bool wide=False,
+                 int32_t[::1] permutation=None):
         cdef int64_t n = indptr.shape[0] - 1
-        cdef int code = ORDERINGS.index(ordering), status = KLU_OK
+        cdef int code = ORDERINGS.index(ordering) if permutation is None else 0, status = KLU_OK
+        cdef const int32_t* given = NULL
+        if permutation is not None:
+            if permutation.shape[0] != n or n < 1:
+                raise ValueError(f"the permutation must have {n} numbers, got {permutation.shape[0]}")
+            if not numpy.array_equal(numpy.sort(permutation), numpy.arange(n)):
+                raise ValueError(f"the permutation does not list each of 0..{n - 1} once")
+            given = &permutation[0]
         if n < 1 or indices.shape[0] < 1 or indptr[n] != indices.shape[0]:
             raise ValueError("indptr and indices do not fit each other, or are empty")
         self.ordering, self.idle = ordering, []
         with nogil:
-            self.first.reset(analyze(n, &indptr[0], &indices[0], code, wide, &status))
+            self.first.reset(analyze(n, &indptr[0], &indices[0], code, given, wide, &status))
         if self.first.get() == NULL:
             if status == KLU_INVALID:
                 raise ValueError("the structure is not valid CSC")
@@ -78,7 +107,9 @@ cdef class Symbolic:
 
     @property
     def nbytes(self):
-        return self.first.get().nbytes() + (self.wide.get().nbytes() if self.wide.get() != NULL else 0)
+        """Memory of the plan and of idle scratch."""
+        cdef int64_t total = self.first.get().nbytes() + (self.wide.get().nbytes() if self.wide.get() != NULL else 0)
+        return total + sum([(<Memory> memory).nbytes for memory in list(self.idle)])
 
     def trim(self):
         """Lets go of idle scratch memory."""

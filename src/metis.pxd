@@ -1,13 +1,8 @@
-# METIS 5 (Apache-2.0): nested dissection.
-from libc.stdint cimport int32_t
-
+# METIS 5 (Apache-2.0): nested dissection. It is called in kernels/dissection.cpp.
 cdef extern from "metis.h" nogil:
-    ctypedef int32_t idx_t
     enum:
-        METIS_NOPTIONS
-        METIS_OPTION_SEED
-        METIS_OPTION_NUMBERING
-        METIS_OK
         IDXTYPEWIDTH
-    int METIS_SetDefaultOptions(idx_t* options)
-    int METIS_NodeND(idx_t* nvtxs, idx_t* xadj, idx_t* adjncy, idx_t* vwgt, idx_t* options, idx_t* perm, idx_t* iperm)
+        METIS_OK
+        METIS_VER_MAJOR
+        METIS_VER_MINOR
+        METIS_VER_SUBMINOR

@@ -7,16 +7,18 @@ finds them whole.
 """
 from libc.stdint cimport int32_t, int64_t, uintptr_t
 from libc.stdlib cimport free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 from libcpp cimport bool
 from libcpp.memory cimport unique_ptr
 from libcpp.vector cimport vector
 
-from amd cimport AMD_OK, AMD_OK_BUT_JUMBLED, AMD_OUT_OF_MEMORY, amd_order
-from metis cimport (
-    IDXTYPEWIDTH, METIS_NOPTIONS, METIS_NodeND, METIS_OK, METIS_OPTION_NUMBERING, METIS_OPTION_SEED,
-    METIS_SetDefaultOptions, idx_t,
+from amd cimport (
+    AMD_MAIN_VERSION, AMD_OK, AMD_OK_BUT_JUMBLED, AMD_OUT_OF_MEMORY, AMD_SUB_VERSION, AMD_SUBSUB_VERSION, amd_order,
 )
+from camd cimport (
+    CAMD_MAIN_VERSION, CAMD_OK, CAMD_OK_BUT_JUMBLED, CAMD_OUT_OF_MEMORY, CAMD_SUB_VERSION, CAMD_SUBSUB_VERSION, camd_order,
+)
+from metis cimport IDXTYPEWIDTH, METIS_OK, METIS_VER_MAJOR, METIS_VER_MINOR, METIS_VER_SUBMINOR
 
 import numpy
 
@@ -64,8 +66,13 @@ cdef extern from "kernels/analysis.hpp" namespace "spcache" nogil:
     cdef struct Prediction:
         int64_t nnz
         double flops
+    cdef cppclass CElimination "spcache::Elimination":
+        CElimination(int32_t, const int64_t*, const int32_t*, const int32_t*) except +
+        int64_t nbytes()
+        Prediction prediction
+        vector[int32_t] perm
     cdef cppclass Plan:
-        Plan(int32_t, const int64_t*, const int32_t*, const int32_t*) except +
+        Plan(const CElimination&) except +
         Tree tree()
         int64_t nbytes()
         Prediction prediction
@@ -99,8 +106,9 @@ cdef extern from "kernels/analysis.hpp" namespace "spcache" nogil:
                                              void*, const Scratch*, int)
     void c_solve "spcache::solve"(const Kernels&, const Tree&, const Schedule&, const void*, const void*, void*, int64_t,
                                   void*, int32_t*, int)
-    Prediction c_predict "spcache::predict"(int32_t, const int64_t*, const int32_t*, const int32_t*) except +
-    void adjacency(int32_t, const int64_t*, const int32_t*, vector[int32_t]&, vector[int32_t]&) except +
+
+cdef extern from "kernels/dissection.hpp" namespace "spcache" nogil:
+    int dissect(int32_t, const int64_t*, const int32_t*, int32_t*) except +
 
 cdef extern from *:
     """
@@ -112,6 +120,13 @@ cdef extern from *:
     #endif
       return 0;
     }
+    #if defined(__x86_64__)
+    #define SPCACHE_BASELINE "SSE2"
+    #elif defined(__ARM_NEON)
+    #define SPCACHE_BASELINE "NEON"
+    #else
+    #define SPCACHE_BASELINE "scalar or what the compiler makes of 16-byte vectors"
+    #endif
     #if !defined(__x86_64__)
     namespace spcache {
     static const Kernels* kernels_avx2(Dtype dtype) { return kernels_baseline(dtype); }
@@ -120,9 +135,16 @@ cdef extern from *:
     #endif
     """
     int best_instruction_set()
+    const char* SPCACHE_BASELINE
 
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+BASELINE = SPCACHE_BASELINE.decode()  # what "baseline" is on this kind of processor
+LIBRARIES = {  # what this was built with
+    "AMD": f"{AMD_MAIN_VERSION}.{AMD_SUB_VERSION}.{AMD_SUBSUB_VERSION}, 32-bit indices",
+    "CAMD": f"{CAMD_MAIN_VERSION}.{CAMD_SUB_VERSION}.{CAMD_SUBSUB_VERSION}, 32-bit indices",
+    "METIS": f"{METIS_VER_MAJOR}.{METIS_VER_MINOR}.{METIS_VER_SUBMINOR}, {IDXTYPEWIDTH}-bit indices",
+}
 cdef int ITEMSIZE[4]
 ITEMSIZE[:] = [4, 8, 8, 16]
 
@@ -181,43 +203,72 @@ def amd(int64_t[::1] indptr, int32_t[::1] indices):
     return perm
 
 
-def metis(int64_t[::1] indptr, int32_t[::1] indices):
-    """Nested dissection by METIS. Not to be called by two threads at once: METIS swaps signal handlers and rand()."""
+def separate(int64_t[::1] indptr, int32_t[::1] indices):
+    """[n; int32] the parts and separators of a nested dissection, numbered in the order of elimination. Not to be called
+    by two threads at once: METIS calls rand()."""
     check_structure(indptr, indices)
     cdef int32_t n = <int32_t> (indptr.shape[0] - 1)
-    cdef vector[int32_t] xadj, adjncy
-    cdef idx_t options[METIS_NOPTIONS]
     cdef const int32_t* Ai = &indices[0] if indices.shape[0] else NULL
-    perm, inverse = numpy.empty(n, numpy.int32), numpy.empty(n, numpy.int32)
-    cdef int32_t[::1] P = perm
-    cdef int32_t[::1] Pinv = inverse
+    sets = numpy.empty(n, numpy.int32)
+    cdef int32_t[::1] S = sets
     cdef int status
-    if IDXTYPEWIDTH != 32:
-        raise NotImplementedError(
-            "this METIS was built with 64-bit indices and cannot be used; pass ordering='amd', or install the 32-bit build")
     with nogil:
-        adjacency(n, &indptr[0], Ai, xadj, adjncy)
-        if adjncy.size() == 0:
-            adjncy.reserve(1)
-        METIS_SetDefaultOptions(options)
-        options[METIS_OPTION_SEED] = 1  # the same ordering every time
-        options[METIS_OPTION_NUMBERING] = 0
-        status = METIS_NodeND(&n, xadj.data(), adjncy.data(), NULL, options, &P[0], &Pinv[0])
+        status = dissect(n, &indptr[0], Ai, &S[0])
     if status != METIS_OK:
-        raise MemoryError(f"METIS_NodeND returned {status}")
+        raise MemoryError(f"METIS_ComputeVertexSeparator returned {status}")
+    return sets
+
+
+def camd(int64_t[::1] indptr, int32_t[::1] indices, int32_t[::1] sets):
+    """As `amd`, but set by set: vertices with sets[i] = 0 come first, then those with 1, ..."""
+    check_structure(indptr, indices)
+    cdef int32_t n = <int32_t> (indptr.shape[0] - 1)
+    cdef int32_t[::1] Ap = numpy.asarray(indptr, numpy.int32)
+    perm = numpy.empty(n, numpy.int32)
+    cdef int32_t[::1] P = perm
+    cdef const int32_t* Ai = &indices[0] if indices.shape[0] else &P[0]
+    cdef int status
+    if sets.shape[0] != n or numpy.min(sets) < 0 or numpy.max(sets) >= n:
+        raise ValueError(f"sets must be [{n}] numbers from 0 to {n - 1}")
+    with nogil:
+        status = camd_order(n, &Ap[0], Ai, &P[0], NULL, NULL, &sets[0])
+    if status == CAMD_OUT_OF_MEMORY:
+        raise MemoryError("CAMD ordering")
+    if status != CAMD_OK and status != CAMD_OK_BUT_JUMBLED:
+        raise ValueError("the structure is not valid CSC")
     return perm
 
 
-def predict(int64_t[::1] indptr, int32_t[::1] indices, int32_t[::1] perm):
-    """(entries of L, flops) of a Cholesky factorization under a permutation."""
-    check_structure(indptr, indices)
-    cdef int32_t n = <int32_t> (indptr.shape[0] - 1)
-    cdef const int32_t* Ai = &indices[0] if indices.shape[0] else NULL
-    cdef Prediction p
-    check_permutation(perm, n)
-    with nogil:
-        p = c_predict(n, &indptr[0], Ai, &perm[0])
-    return p.nnz, p.flops
+cdef class Elimination:
+    """A structure under an ordering: what a Cholesky factorization of it will take.
+
+    Args:
+        indptr, indices: canonical CSC of the lower triangle.
+        perm: [n; int32] original index of each pivot.
+    """
+    cdef unique_ptr[CElimination] elimination
+
+    def __init__(self, int64_t[::1] indptr, int32_t[::1] indices, int32_t[::1] perm):
+        check_structure(indptr, indices)
+        cdef int32_t n = <int32_t> (indptr.shape[0] - 1)
+        cdef const int32_t* Ai = &indices[0] if indices.shape[0] else NULL
+        check_permutation(perm, n)
+        with nogil:
+            self.elimination.reset(new CElimination(n, &indptr[0], Ai, &perm[0]))
+
+    @property
+    def nnz(self):
+        """Entries of L by the column counts, before amalgamation adds explicit zeros."""
+        return self.elimination.get().prediction.nnz
+
+    @property
+    def flops(self):
+        return self.elimination.get().prediction.flops
+
+    @property
+    def perm(self):
+        """[n; int32] original index of each pivot."""
+        return numpy.asarray(self.elimination.get().perm, numpy.int32)
 
 
 cdef class Memory:
@@ -301,26 +352,21 @@ cdef class Symbolic:
     """The plan: assembly tree, schedules, positions of the canonical entries. Immutable but for idle scratch memory.
 
     Args:
-        indptr, indices: canonical CSC of the lower triangle.
-        perm: [n; int32] original index of each pivot. Is refined by a postorder.
+        elimination: structure and ordering; the latter is refined by a postorder.
         simd: one of INSTRUCTION_SETS, at most what the processor has.
     """
     cdef unique_ptr[Plan] plan
     cdef Tree tree
-    cdef int simd
+    cdef int simd_level
     cdef dict teams  # number of threads -> Team
 
-    def __init__(self, int64_t[::1] indptr, int32_t[::1] indices, int32_t[::1] perm, str simd):
-        check_structure(indptr, indices)
-        cdef int32_t n = <int32_t> (indptr.shape[0] - 1)
-        cdef const int32_t* Ai = &indices[0] if indices.shape[0] else NULL
-        check_permutation(perm, n)
+    def __init__(self, Elimination elimination not None, str simd):
         available = INSTRUCTION_SETS[:best_instruction_set() + 1]
         if simd not in available:
             raise ValueError(f"SPCACHE_SIMD must be one of {', '.join(available)} on this processor, got {simd!r}")
-        self.simd = INSTRUCTION_SETS.index(simd)
+        self.simd_level = INSTRUCTION_SETS.index(simd)
         with nogil:
-            self.plan.reset(new Plan(n, &indptr[0], Ai, &perm[0]))
+            self.plan.reset(new Plan(elimination.elimination.get()[0]))
             self.tree = self.plan.get().tree()
         self.teams = {}
 
@@ -337,9 +383,9 @@ cdef class Symbolic:
         return team
 
     cdef const Kernels* kernels(self, int dtype) noexcept:
-        if self.simd == 2:
+        if self.simd_level == 2:
             return kernels_avx512(<Dtype> dtype)
-        return kernels_avx2(<Dtype> dtype) if self.simd == 1 else kernels_baseline(<Dtype> dtype)
+        return kernels_avx2(<Dtype> dtype) if self.simd_level == 1 else kernels_baseline(<Dtype> dtype)
 
     @property
     def nnz(self):
@@ -367,6 +413,11 @@ cdef class Symbolic:
         return total
 
     @property
+    def simd(self):
+        """The instruction set of the kernels."""
+        return INSTRUCTION_SETS[self.simd_level]
+
+    @property
     def supernodes(self):
         return self.plan.get().supernodes
 
@@ -385,14 +436,15 @@ cdef class Symbolic:
         return numpy.asarray(self.plan.get().perm, numpy.int32)
 
     def positions(self):
-        """Per canonical slot: its supernode [int32] and its place in that supernode's panel [int64]."""
-        cdef int64_t count = self.plan.get().supernode_of.size(), e
+        """Per canonical slot: its supernode [int32] and its place p in that supernode's panel [int64], ~p where the
+        mirror image is stored."""
+        cdef int64_t count = self.plan.get().supernode_of.size()
         supernode, position = numpy.empty(count, numpy.int32), numpy.empty(count, numpy.int64)
         cdef int32_t[::1] s = supernode
         cdef int64_t[::1] p = position
-        for e in range(count):
-            s[e] = self.plan.get().supernode_of[e]
-            p[e] = self.plan.get().position_of[e]
+        if count:
+            memcpy(&s[0], self.plan.get().supernode_of.data(), 4 * count)
+            memcpy(&p[0], self.plan.get().position_of.data(), 8 * count)
         return supernode, position
 
     def trim(self):

@@ -188,7 +188,7 @@ cdef class Assembly:
 
     @property
     def nbytes(self):
-        return 8 * self.begin.size() + 8 * self.source.size()
+        return 8 * self.begin.capacity() + 4 * self.source.capacity() + 4 * self.target.capacity()
 
 
 cdef class Entries:
@@ -256,6 +256,12 @@ cdef class Entries:
         self.pairs.row, self.pairs.column = self.row.data(), self.column.data()
         self.pairs.diagonal = self.diagonal.data()
         self.paired = True
+
+    @property
+    def nbytes(self):
+        """Memory of what `pair` prepared; rows and columns belong to the caller."""
+        return 8 * self.begin.capacity() + 4 * (
+            self.source.capacity() + self.row.capacity() + self.column.capacity() + self.diagonal.capacity())
 
     cdef int check(self, int64_t nnz) except -1:
         if not self.paired or nnz != self.pairs.nnz:

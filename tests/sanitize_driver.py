@@ -104,14 +104,14 @@ def positive_plan(mask, simd, ordering):
     n = len(mask)
     rows, columns = entries(mask)
     indptr, indices, slots, roles = lower(rows, columns, n)
-    order = {"amd": multifrontal.amd, "metis": multifrontal.metis}.get(ordering)
-    perm = order(indptr, indices) if order else np.arange(n, dtype=np.int32)
-    plan = multifrontal.Symbolic(indptr, indices, perm, simd)
-    assert plan.nnz == multifrontal.predict(indptr, indices, plan.perm)[0] <= plan.stored and plan.nbytes > 0
-    pivot = np.argsort(plan.perm)
-    owner = np.repeat(np.arange(n), np.diff(indptr))
-    exchanged = (pivot[indices] < pivot[owner])[slots] & (roles < DIAGONAL)
-    roles = np.where(exchanged, 1 - roles, roles).astype(np.uint8)
+    perm = np.arange(n, dtype=np.int32)
+    if ordering == "amd":
+        perm = multifrontal.amd(indptr, indices)
+    elif ordering == "metis":
+        perm = multifrontal.camd(indptr, indices, multifrontal.separate(indptr, indices))
+    plan = multifrontal.Symbolic(multifrontal.Elimination(indptr, indices, perm), simd)
+    again = multifrontal.Elimination(indptr, indices, plan.perm)
+    assert plan.nnz == again.nnz <= plan.stored and plan.flops == again.flops and plan.nbytes > 0
     sources = np.arange(len(rows), dtype=np.int32)
     assembly = pattern.Assembly(len(rows), slots, sources, roles, plan.supernodes, *plan.positions(), 0.5, True)
     return plan, assembly, rows, columns
@@ -337,7 +337,7 @@ def test_entries():
 def test_refusals():
     """What is refused must not be touched."""
     eye = np.arange(4, dtype=np.int64), np.arange(3, dtype=np.int32)
-    plan = multifrontal.Symbolic(*eye, np.arange(3, dtype=np.int32), "baseline")
+    plan = multifrontal.Symbolic(multifrontal.Elimination(*eye, np.arange(3, dtype=np.int32)), "baseline")
     other = klu.Symbolic(*eye, "amd")
     short = np.arange(2, dtype=np.int32)
     assembly = pattern.Assembly(3, eye[1], eye[1], np.zeros(3, np.uint8), 1, None, None, 1.0, False)
@@ -345,9 +345,11 @@ def test_refusals():
     x = np.ones((2, 3, 1))
     calls = [
         lambda: multifrontal.amd(eye[0], short),
-        lambda: multifrontal.metis(np.array([0, 3, 2, 3]), eye[1]),
-        lambda: multifrontal.Symbolic(*eye, np.array([0, 1, 3], np.int32), "baseline"),
-        lambda: multifrontal.Symbolic(*eye, short, "baseline"),
+        lambda: multifrontal.separate(np.array([0, 3, 2, 3]), eye[1]),
+        lambda: multifrontal.camd(*eye, np.array([0, 1, 3], np.int32)),
+        lambda: multifrontal.camd(*eye, short),
+        lambda: multifrontal.Elimination(*eye, np.array([0, 1, 3], np.int32)),
+        lambda: multifrontal.Elimination(*eye, short),
         lambda: klu.Symbolic(np.array([0, 3, 2, 3]), eye[1], "amd"),
         lambda: klu.Symbolic(eye[0], np.array([0, 1, 3], np.int32), "amd"),
         lambda: pattern.Entries(eye[1], short),

@@ -30,7 +30,7 @@ LEVELS = [
     ["iterative", "autograd"],
     ["plans", "stats", "matrices", "handles"],
     ["convention"],
-    ["pattern"],
+    ["pattern", "config"],
     ["engines"],
     ["engines.ldl"],
     ["engines.multifrontal", "engines.klu", "engines.cudss"],

@@ -56,7 +56,7 @@ def check(driver, storage, widths=(1, 2, 7), threads=1):
 
 
 def test_every_level_is_here():
-    assert LEVELS[0] == "baseline" and multifrontal.simd() in LEVELS
+    assert LEVELS[0] == "baseline" and multifrontal.variant() in LEVELS
 
 
 @every_level
@@ -155,7 +155,8 @@ def test_predictions(n, density, seed, ordering):
     assert sorted(perm) == list(range(n)) and perm.dtype == np.int32
     counts = fill(mask, perm).sum(0)
     assert plan.nnz == counts.sum() and plan.flops == (counts**2).sum()
-    assert _multifrontal.predict(structure.indptr, structure.indices, perm) == (plan.nnz, plan.flops)
+    again = _multifrontal.Elimination(structure.indptr, structure.indices, perm)
+    assert (again.nnz, again.flops) == (plan.nnz, plan.flops)
     if ordering == "natural":
         counts = fill(mask, np.arange(n)).sum(0)
         assert plan.nnz == counts.sum() and plan.flops == (counts**2).sum()
@@ -174,9 +175,9 @@ def test_a_missing_diagonal_is_a_zero():
 
 def test_orderings_are_the_same_every_time():
     structure = structure_of(np.random.default_rng(0).random((400, 400)) < 0.01)
-    for order in (_multifrontal.amd, _multifrontal.metis):
-        first = order(structure.indptr, structure.indices)
-        assert all(np.array_equal(order(structure.indptr, structure.indices), first) for _ in range(3))
+    for ordering in ("amd", "metis"):
+        first = multifrontal.analyze(structure, ordering).permutation
+        assert all(np.array_equal(multifrontal.analyze(structure, ordering).permutation, first) for _ in range(3))
 
 
 BROKEN = {
@@ -195,11 +196,13 @@ BROKEN = {
 def test_wrong_structures(indptr, indices):
     """Native code looks again before it touches anything."""
     structure = Structure(3, np.array(indptr, np.int64), np.array(indices, np.int32), True)
-    for call in (_multifrontal.amd, _multifrontal.metis):
+    natural = np.arange(3, dtype=np.int32)
+    for call, more in [
+        (_multifrontal.amd, ()), (_multifrontal.separate, ()), (_multifrontal.camd, (natural,)),
+        (_multifrontal.Elimination, (natural,)),
+    ]:  # fmt: skip
         with pytest.raises(ValueError, match="indptr and indices"):
-            call(structure.indptr, structure.indices)
-    with pytest.raises(ValueError, match="indptr and indices"):
-        _multifrontal.predict(structure.indptr, structure.indices, np.arange(3, dtype=np.int32))
+            call(structure.indptr, structure.indices, *more)
     with pytest.raises(ValueError, match="indptr and indices"):
         multifrontal.analyze(structure, "natural")
 
@@ -209,8 +212,6 @@ def test_wrong_permutations(perm):
     structure, perm = structure_of(np.eye(3, dtype=bool)), np.array(perm, np.int32)
     with pytest.raises(ValueError, match="perm"):
         multifrontal.analyze(structure, "amd", perm)
-    with pytest.raises(ValueError, match="perm"):
-        _multifrontal.predict(structure.indptr, structure.indices, perm)
 
 
 def test_more_than_2_31_entries_are_counted():

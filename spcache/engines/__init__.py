@@ -6,9 +6,9 @@ from types import ModuleType
 
 from ..errors import EngineUnavailableError
 from . import cudss, klu, ldl, multifrontal
-from .protocol import DTYPE_CODES, Failure, Storage, Structure, SymbolicFactor
+from .protocol import DTYPE_CODES, Failure, Permutation, Storage, Structure, SymbolicFactor
 
-__all__ = ["DTYPE_CODES", "KINDS", "Failure", "Storage", "Structure", "SymbolicFactor", "engine_for"]
+__all__ = ["DTYPE_CODES", "KINDS", "Failure", "Permutation", "Storage", "Structure", "SymbolicFactor", "engine_for"]
 
 KINDS = ("auto", "spd", "symmetric", "hermitian", "general")
 

@@ -5,10 +5,20 @@ import numpy as np
 from .._pattern import Assembly
 
 ORDERINGS: tuple[str, ...]
+LIBRARIES: dict[str, str]
+
+def suitesparse() -> str: ...
 
 class Symbolic:
     ordering: str
-    def __init__(self, indptr: np.ndarray, indices: np.ndarray, ordering: str, wide: bool = False) -> None: ...
+    def __init__(
+        self,
+        indptr: np.ndarray,
+        indices: np.ndarray,
+        ordering: str,
+        wide: bool = False,
+        permutation: np.ndarray | None = None,
+    ) -> None: ...
     @property
     def n(self) -> int: ...
     @property

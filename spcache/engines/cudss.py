@@ -11,6 +11,7 @@ permutation that the first analysis found, and makes the symbolic factorization 
 
 from __future__ import annotations
 
+import ctypes.util
 import importlib.util
 import os
 import threading
@@ -30,7 +31,7 @@ from ..torch_private import current_raw_stream
 from . import _cudss
 from .protocol import DTYPE_CODES, Failure, Structure
 
-__all__ = ["ORDERINGS", "Assembly", "Storage", "SymbolicFactor", "analyze", "require_eager"]
+__all__ = ["ORDERINGS", "Assembly", "Storage", "SymbolicFactor", "analyze", "require_eager", "variant", "where"]
 
 # Numbers of cuDSS. Phases may be added up.
 REORDERING, SYMBOLIC, FACTORIZATION, REFACTORIZATION, SOLVE = 1, 2, 4, 8, 1008
@@ -57,7 +58,7 @@ def library() -> _cudss.Library:
     remedy = (
         f"pip install 'spcache[cuda{cuda}]', or pass cuda='host' to SparseSystem to factorize CUDA tensors on the CPU"
     )
-    path = os.environ.get("SPCACHE_CUDSS") or _find(cuda)
+    path = _path(cuda)
     try:
         found = _cudss.Library(path)
     except OSError as error:
@@ -68,8 +69,22 @@ def library() -> _cudss.Library:
     return found
 
 
-def _find(cuda: str) -> str:
-    """In NVIDIA's wheel, else wherever the loader looks."""
+def where() -> str | None:
+    """The file of cuDSS that a CUDA tensor would load, or None. Loads nothing."""
+    path = _path((torch.version.cuda or "13").partition(".")[0])
+    if os.sep not in path:
+        return ctypes.util.find_library("cudss")
+    return path if os.path.exists(path) else None
+
+
+def variant() -> str:
+    return ""
+
+
+def _path(cuda: str) -> str:
+    """What SPCACHE_CUDSS names; or in NVIDIA's wheel, else wherever the loader looks."""
+    if named := os.environ.get("SPCACHE_CUDSS"):
+        return named
     name = f"libcudss.so.{_MAJOR}"
     spec = importlib.util.find_spec("nvidia")
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():

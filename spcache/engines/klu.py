@@ -10,23 +10,30 @@ from .._pattern import Assembly
 from . import _klu
 from .protocol import Failure, Structure
 
-__all__ = ["ORDERINGS", "Storage", "SymbolicFactor", "analyze"]
+__all__ = ["LIBRARIES", "ORDERINGS", "Storage", "SymbolicFactor", "analyze", "variant"]
 
+LIBRARIES = _klu.LIBRARIES
 ORDERINGS = ("auto", *_klu.ORDERINGS)
 
 
-def analyze(structure: Structure, ordering: str) -> SymbolicFactor:
+def variant() -> str:
+    return ""
+
+
+def analyze(structure: Structure, ordering: str, permutation: np.ndarray | None = None) -> SymbolicFactor:
     """The plan of a full structure; block triangular form first, `ordering` inside its blocks.
 
     Args:
         structure: n > 0, at least one entry. May be structurally singular: then every factorize fails.
         ordering: "auto" (which is "amd"), "amd", "colamd", "natural".
+        permutation: [n; int32] an ordering of rows and columns instead; `ordering` then only names it.
     """
-    if ordering not in ORDERINGS:
+    if permutation is None and ordering not in ORDERINGS:
         raise ValueError(f"ordering={ordering!r}: the KLU engine knows {', '.join(ORDERINGS)}")
     if structure.triangle:
         raise ValueError("the KLU engine needs the full structure, got one triangle")
-    return SymbolicFactor(structure.indptr, structure.indices, "amd" if ordering == "auto" else ordering)
+    name = "amd" if ordering == "auto" else ordering
+    return SymbolicFactor(structure.indptr, structure.indices, name, False, permutation)
 
 
 class SymbolicFactor(_klu.Symbolic):

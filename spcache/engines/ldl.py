@@ -15,9 +15,10 @@ from .._pattern import Assembly, compress
 from . import _ldl, _multifrontal, multifrontal
 from .protocol import Failure, Structure
 
-__all__ = ["ORDERINGS", "Storage", "SymbolicFactor", "analyze", "assembly", "magnitudes", "pairing"]
+__all__ = ["ORDERINGS", "Storage", "SymbolicFactor", "analyze", "assembly", "magnitudes", "pairing", "variant"]
 
 ORDERINGS = multifrontal.ORDERINGS
+variant = multifrontal.variant
 
 _REASONS = ("", "singular", "untrusted")
 
@@ -30,15 +31,22 @@ def analyze(
     Args:
         structure: canonical lower triangle of the symmetric pattern.
         ordering: one of `ORDERINGS`; "auto" takes AMD or METIS, whichever predicts less work.
-        permutation: [n; int32] an ordering computed before, without pairs; `ordering` then only names it.
+        permutation: [n; int32] an ordering computed before or given; `ordering` then only names it.
         partner: [n; int32] from `pairing`: who shares a front with whom, themselves where nobody does.
     """
     if partner is None:
         if permutation is None:
-            ordering, permutation = multifrontal.order(structure, ordering)
+            ordering, elimination = multifrontal.order(structure, ordering)
+            permutation = elimination.perm
         return SymbolicFactor(structure, ordering, permutation)
     small, members = _merged(structure, partner)
-    ordering, order = multifrontal.order(small, ordering)
+    if permutation is None:
+        ordering, elimination = multifrontal.order(small, ordering)
+        order = elimination.perm
+    else:  # each pair where the first of it stands
+        place = np.empty(structure.n, np.int32)
+        place[permutation] = np.arange(structure.n, dtype=np.int32)
+        order = np.argsort(np.where(members[:, 1] < 0, place[members[:, 0]], place[members].min(1)))
     permutation = members[order].ravel()
     return SymbolicFactor(structure, ordering, permutation[permutation >= 0], _expanded(structure, small, members))
 
@@ -106,7 +114,7 @@ def pairing(structure: Structure, sizes: np.ndarray, always: bool = False) -> np
 
 def _level() -> int:
     """The number of the instruction set of the kernels."""
-    sets, best, simd = _multifrontal.INSTRUCTION_SETS, _multifrontal.best_simd(), multifrontal.simd()
+    sets, best, simd = _multifrontal.INSTRUCTION_SETS, _multifrontal.best_simd(), variant()
     available = sets[: sets.index(best) + 1]
     if simd not in available:
         raise ValueError(f"SPCACHE_SIMD must be one of {', '.join(available)} on this processor, got {simd!r}")

@@ -10,46 +10,59 @@ import numpy as np
 
 from .._pattern import Assembly
 from . import _multifrontal
+from ._multifrontal import Elimination
 from .protocol import Failure, Structure
 
-__all__ = ["ORDERINGS", "SymbolicFactor", "analyze"]
+__all__ = ["LIBRARIES", "ORDERINGS", "SymbolicFactor", "analyze", "instruction_sets", "variant"]
+
+LIBRARIES = _multifrontal.LIBRARIES
 
 ORDERINGS = ("auto", "amd", "metis", "natural")
 
-# Below this much work AMD is taken as it comes: METIS would cost more than it can save.
+# Below this much work, or this much for each entry of the factor, AMD is taken as it comes: on meshes of up to 10,000
+# unknowns its factorizations take no longer, although METIS predicts a fifth less work and is most of an analysis.
 _METIS_FROM_FLOPS = 1e6
+_METIS_FROM_INTENSITY = 64
 
-# METIS swaps the process's signal handlers and calls rand(): never two calls at once, and no fork during one, or the
+# METIS calls rand(): never two calls at once, or the orderings differ from time to time, and no fork during one, or the
 # child would find the lock inside rand() taken forever.
 _metis_lock = threading.Lock()
 os.register_at_fork(before=_metis_lock.acquire, after_in_parent=_metis_lock.release, after_in_child=_metis_lock.release)
 
 
-def simd() -> str:
+def variant() -> str:
     """The instruction set of the kernels: the best this processor has, or what SPCACHE_SIMD names."""
     return os.environ.get("SPCACHE_SIMD") or _multifrontal.best_simd()
 
 
+def instruction_sets() -> tuple[tuple[str, ...], str]:
+    """Those that this processor has kernels for, the best one last; and what the first of them is here."""
+    sets = _multifrontal.INSTRUCTION_SETS
+    return sets[: sets.index(_multifrontal.best_simd()) + 1], _multifrontal.BASELINE
+
+
 def _metis(structure: Structure) -> np.ndarray:
+    """Nested dissection: METIS finds the separators, CAMD orders inside of the parts."""
     with _metis_lock:
-        return _multifrontal.metis(structure.indptr, structure.indices)
+        sets = _multifrontal.separate(structure.indptr, structure.indices)
+    return _multifrontal.camd(structure.indptr, structure.indices, sets)
 
 
-def order(structure: Structure, ordering: str) -> tuple[str, np.ndarray]:
-    """The chosen ordering's name and its permutation."""
+def order(structure: Structure, ordering: str) -> tuple[str, Elimination]:
+    """The chosen ordering's name, and the structure under it."""
+
+    def under(perm: np.ndarray) -> Elimination:
+        return Elimination(structure.indptr, structure.indices, perm)
+
     if ordering == "natural":
-        return ordering, np.arange(structure.n, dtype=np.int32)
+        return ordering, under(np.arange(structure.n, dtype=np.int32))
     if ordering == "metis":
-        return ordering, _metis(structure)
-    amd = _multifrontal.amd(structure.indptr, structure.indices)
-    if ordering == "amd":
-        return ordering, amd
-    _, amd_flops = _multifrontal.predict(structure.indptr, structure.indices, amd)
-    if amd_flops < _METIS_FROM_FLOPS:
+        return ordering, under(_metis(structure))
+    amd = under(_multifrontal.amd(structure.indptr, structure.indices))
+    if ordering == "amd" or amd.flops < _METIS_FROM_FLOPS or amd.flops < _METIS_FROM_INTENSITY * amd.nnz:
         return "amd", amd
-    metis = _metis(structure)
-    _, metis_flops = _multifrontal.predict(structure.indptr, structure.indices, metis)
-    return ("metis", metis) if metis_flops < amd_flops else ("amd", amd)
+    metis = under(_metis(structure))
+    return ("metis", metis) if metis.flops < amd.flops else ("amd", amd)
 
 
 def analyze(structure: Structure, ordering: str, permutation: np.ndarray | None = None) -> SymbolicFactor:
@@ -60,9 +73,11 @@ def analyze(structure: Structure, ordering: str, permutation: np.ndarray | None 
         ordering: one of `ORDERINGS`; "auto" takes AMD or METIS, whichever predicts less work.
         permutation: [n; int32] an ordering computed before; `ordering` then only names it.
     """
-    if permutation is None:
-        ordering, permutation = order(structure, ordering)
-    return SymbolicFactor(structure, ordering, permutation)
+    if permutation is not None:
+        elimination = Elimination(structure.indptr, structure.indices, permutation)
+    else:
+        ordering, elimination = order(structure, ordering)
+    return SymbolicFactor(ordering, elimination)
 
 
 class SymbolicFactor:
@@ -70,10 +85,9 @@ class SymbolicFactor:
 
     engine = "multifrontal"
 
-    def __init__(self, structure: Structure, ordering: str, permutation: np.ndarray):
+    def __init__(self, ordering: str, elimination: Elimination):
         self.ordering = ordering
-        self._structure = structure
-        self._native = _multifrontal.Symbolic(structure.indptr, structure.indices, permutation, simd())
+        self._native = _multifrontal.Symbolic(elimination, variant())
         self.nnz: int = self._native.nnz
         self.flops: float = self._native.flops
 
@@ -89,14 +103,9 @@ class SymbolicFactor:
     def assembly(
         self, nnz: int, slots: np.ndarray, sources: np.ndarray, roles: np.ndarray, weight: float, hermitian: bool
     ) -> Assembly:
-        # Where the ordering exchanges row and column, a lower entry is stored through its mirror image.
-        pivot = np.empty(self._structure.n, np.int32)
-        pivot[self.permutation] = np.arange(self._structure.n, dtype=np.int32)
-        columns = np.repeat(np.arange(self._structure.n, dtype=np.int32), np.diff(self._structure.indptr))
-        exchanged = (pivot[self._structure.indices] < pivot[columns])[slots] & (roles < 2)
-        roles = np.where(exchanged, 1 - roles, roles).astype(np.uint8)
-        supernodes, positions = self._native.positions()
-        return Assembly(nnz, slots, sources, roles, self._native.supernodes, supernodes, positions, weight, hermitian)
+        return Assembly(
+            nnz, slots, sources, roles, self._native.supernodes, *self._native.positions(), weight, hermitian
+        )
 
     def storage(self, dtype: int, batch: int) -> Storage:
         return Storage(self._native, dtype, batch)

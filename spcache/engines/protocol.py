@@ -1,8 +1,10 @@
 """What an engine of the CPU must offer. `tests/test_engines.py` checks each of them against this page; that of CUDA
 (cudss.py) has the same objects, and takes tensors where these take addresses.
 
-An engine is a module with a function `analyze`, which makes a `SymbolicFactor` of one canonical structure. The
-symbolic factor lends itself to any number of `Storage`s, each of which holds the factors of one batch of values.
+An engine is a module with a function `analyze`, which makes a `SymbolicFactor` of one canonical structure, the name of
+an ordering, and perhaps that ordering itself, [n; int32], the original index of each pivot; and a function `variant`,
+which names what else its plans depend on (an environment variable), "" for nothing. The symbolic factor lends itself
+to any number of `Storage`s, each of which holds the factors of one batch of values.
 
 Arrays of numbers are passed as an address with their sizes, never as tensors: native code knows pointers only, and
 `tensor.data_ptr()` is the cheapest way to hand one over. Whoever calls keeps the memory alive and has checked dtype,
@@ -22,7 +24,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-__all__ = ["DTYPE_CODES", "Failure", "Storage", "Structure", "SymbolicFactor"]
+__all__ = ["DTYPE_CODES", "Failure", "Permutation", "Storage", "Structure", "SymbolicFactor"]
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.complex64: 2, torch.complex128: 3}
 
@@ -58,6 +60,23 @@ class Structure:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Permutation:
+    """An ordering that the caller gives. Compared exactly.
+
+    Attributes:
+        pivots: [n; int32] original index of each pivot.
+    """
+
+    pivots: np.ndarray
+
+    def __hash__(self) -> int:
+        return zlib.crc32(self.pivots.data)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Permutation) and np.array_equal(self.pivots, other.pivots)
+
+
 @dataclass(frozen=True)
 class Failure:
     """Why one matrix of a batch has no factor.
@@ -77,7 +96,7 @@ class SymbolicFactor(Protocol):
     """The plan of one canonical structure: immutable, shared between threads and systems."""
 
     engine: str  # name of the engine
-    ordering: str  # the fill-reducing ordering that was chosen
+    ordering: str  # the fill-reducing ordering that was chosen, or "given"
     permutation: np.ndarray | None  # [n; int32] that ordering, where `analyze` takes it back as its third argument
     nnz: int  # entries of the factor, predicted where values decide
     flops: float  # floating-point operations of one factorization, predicted; nan where unknown

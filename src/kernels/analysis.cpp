@@ -16,43 +16,12 @@ namespace {
 using Ints = std::vector<int32_t>;
 using Longs = std::vector<int64_t>;
 
-// Strictly triangular structure of the permuted matrix: for each column j the rows i > j, unsorted,
-// and the same by rows: for each row i the columns j < i.
-struct Permuted {
-  Longs column_ptr, row_ptr;
-  Ints rows, columns;
-};
-
-Permuted permute(int32_t n, const int64_t* indptr, const int32_t* indices, const int32_t* perm) {
-  Ints inverse(n);
-  for (int32_t k = 0; k < n; k++) inverse[perm[k]] = k;
-  Permuted p;
-  p.column_ptr.assign(n + 1, 0);
-  p.row_ptr.assign(n + 1, 0);
-  auto each = [&](auto&& visit) {
-    for (int32_t j = 0; j < n; j++)
-      for (int64_t e = indptr[j]; e < indptr[j + 1]; e++)
-        if (indices[e] != j) {
-          int32_t a = inverse[indices[e]], b = inverse[j];
-          visit(std::max(a, b), std::min(a, b));
-        }
-  };
-  each([&](int32_t i, int32_t j) { p.column_ptr[j + 1]++; p.row_ptr[i + 1]++; });
-  std::partial_sum(p.column_ptr.begin(), p.column_ptr.end(), p.column_ptr.begin());
-  std::partial_sum(p.row_ptr.begin(), p.row_ptr.end(), p.row_ptr.begin());
-  p.rows.resize(p.column_ptr[n]);
-  p.columns.resize(p.row_ptr[n]);
-  Longs next_column(p.column_ptr), next_row(p.row_ptr);
-  each([&](int32_t i, int32_t j) { p.rows[next_column[j]++] = i; p.columns[next_row[i]++] = j; });
-  return p;
-}
-
-// parent[j] = first i > j with L(i, j) != 0, or -1.
-Ints elimination_tree(int32_t n, const Permuted& p) {
+Ints elimination_tree(const Elimination& a) {
+  const int32_t n = a.n;
   Ints parent(n, -1), ancestor(n, -1);
   for (int32_t i = 0; i < n; i++)
-    for (int64_t e = p.row_ptr[i]; e < p.row_ptr[i + 1]; e++)
-      for (int32_t j = p.columns[e]; j != -1 && j < i;) {
+    for (int64_t e = a.row_ptr[i]; e < a.row_ptr[i + 1]; e++)
+      for (int32_t j = a.columns[e]; j != -1 && j < i;) {
         int32_t next = ancestor[j];
         ancestor[j] = i;  // path compression
         if (next == -1) parent[j] = i;
@@ -90,7 +59,9 @@ int32_t find_root(Ints& ancestor, int32_t j) {
 // Entries in each column of L, the diagonal included. A row i's subtree of the elimination tree has column j in it
 // exactly if L(i, j) != 0; count its leaves, and take away each leaf's overlap with the one before (their common
 // ancestor), then sum over descendants.
-Ints column_counts(int32_t n, const Permuted& p, const Ints& parent, const Ints& order) {
+Ints column_counts(const Elimination& a) {
+  const int32_t n = a.n;
+  const Ints &parent = a.parent, &order = a.order;
   Ints first_descendant(n, -1), previous_leaf(n, -1), ancestor(n), maximum(n, -1), delta(n);
   for (int32_t k = 0; k < n; k++) {
     int32_t j = order[k];
@@ -101,8 +72,8 @@ Ints column_counts(int32_t n, const Permuted& p, const Ints& parent, const Ints&
   for (int32_t k = 0; k < n; k++) {
     int32_t j = order[k];
     if (parent[j] != -1) delta[parent[j]]--;
-    for (int64_t e = p.column_ptr[j]; e < p.column_ptr[j + 1]; e++) {
-      int32_t i = p.rows[e];
+    for (int64_t e = a.column_ptr[j]; e < a.column_ptr[j + 1]; e++) {
+      int32_t i = a.rows[e];
       if (first_descendant[j] <= maximum[i]) continue;  // j is not a leaf of row i's subtree
       maximum[i] = first_descendant[j];
       delta[j]++;
@@ -116,13 +87,9 @@ Ints column_counts(int32_t n, const Permuted& p, const Ints& parent, const Ints&
   return delta;
 }
 
-Prediction predict(const Ints& counts) {
-  Prediction prediction;
-  for (int32_t c : counts) {
-    prediction.nnz += c;
-    prediction.flops += double(c) * c;
-  }
-  return prediction;
+template <class... V>
+int64_t bytes_of(const V&... v) {
+  return (int64_t(v.capacity() * sizeof(v[0])) + ...);
 }
 
 // Entries of a panel with k columns whose first has m rows, its upper triangle not counted.
@@ -139,186 +106,240 @@ bool worthwhile(double k, double zeros, double total) {
 // that overlaps the one just stored has to wait for it.
 constexpr int64_t LONG_RUN = 8;
 
-// A supernode while it grows by amalgamation.
-struct Group {
-  int32_t parent = -1, columns = 0, height = 0;  // height: rows of the first column's structure
-  double zeros = 0;                              // explicit zeros accepted so far
-  Ints members, children;                        // fundamental supernodes merged into this one; child groups
+// The supernodes while they grow by amalgamation: groups of fundamental supernodes, each named after its last. Lists are
+// chains of indices, -1 at the end.
+struct Groups {
+  Ints columns, height;                     // height: rows of the first column's structure; columns 0: merged into another
+  std::vector<double> zeros;                // explicit zeros accepted so far
+  Ints first_member, last_member, next;     // fundamental supernodes
+  Ints first_child, last_child, sibling;    // groups
+
+  explicit Groups(size_t most) {
+    for (Ints* each : {&columns, &height, &next, &first_child, &last_child, &sibling}) each->reserve(most);
+  }
+  int32_t size() const { return int32_t(columns.size()); }
+  void add(int32_t rows) {
+    columns.push_back(0);
+    height.push_back(rows);
+  }
+  void begin_lists() {
+    const size_t count = columns.size();
+    zeros.assign(count, 0);
+    next.assign(count, -1);
+    first_child.assign(count, -1);
+    last_child.assign(count, -1);
+    sibling.assign(count, -1);
+    first_member.resize(count);
+    std::iota(first_member.begin(), first_member.end(), 0);
+    last_member = first_member;
+  }
+  void add_child(int32_t g, int32_t c) { append(g, c, c); }
+  void take_children(int32_t g, int32_t c) {
+    if (first_child[c] != -1) append(g, first_child[c], last_child[c]);
+    first_child[c] = last_child[c] = -1;
+  }
+  template <class Visit>
+  void each_child(int32_t g, Visit visit) const {
+    for (int32_t c = first_child[g]; c != -1; c = sibling[c]) visit(c);
+  }
+  double update_entries(int32_t g) const { return double(height[g] - columns[g]) * (height[g] - columns[g]); }
+
+ private:
+  void append(int32_t g, int32_t first, int32_t last) {
+    (first_child[g] == -1 ? first_child[g] : sibling[last_child[g]]) = first;
+    last_child[g] = last;
+    sibling[last] = -1;
+  }
 };
 
-// Merges children into parents, bottom up, as long as it is worthwhile. `groups` comes in postorder.
-void amalgamate(std::vector<Group>& groups) {
-  for (int32_t g = 0; g < int32_t(groups.size()); g++) {
-    Group& p = groups[g];
+// Merges children into parents, bottom up, as long as it is worthwhile. Groups come in postorder.
+void amalgamate(Groups& groups) {
+  std::vector<std::pair<double, int32_t>> candidates;
+  for (int32_t g = 0; g < groups.size(); g++) {
     auto added = [&](int32_t c) {
-      const Group& child = groups[c];
-      return trapezoid(child.columns + p.columns, child.columns + p.height) - trapezoid(child.columns, child.height) -
-             trapezoid(p.columns, p.height);
+      return trapezoid(groups.columns[c] + groups.columns[g], groups.columns[c] + groups.height[g]) -
+             trapezoid(groups.columns[c], groups.height[c]) - trapezoid(groups.columns[g], groups.height[g]);
     };
     // The cheapest child first; what it brings in changes the price of the others, so each is asked again.
-    std::vector<std::pair<double, int32_t>> candidates;
-    for (int32_t c : p.children) candidates.emplace_back(added(c), c);
+    candidates.clear();
+    groups.each_child(g, [&](int32_t c) { candidates.emplace_back(added(c), c); });
     std::sort(candidates.begin(), candidates.end());
-    Ints kept;
+    groups.first_child[g] = groups.last_child[g] = -1;
     for (auto [price, c] : candidates) {
-      Group& child = groups[c];
-      double zeros = p.zeros + child.zeros + added(c);
-      if (!worthwhile(child.columns + p.columns, zeros, trapezoid(child.columns + p.columns, child.columns + p.height))) {
-        kept.push_back(c);
+      const double zeros = groups.zeros[g] + groups.zeros[c] + added(c);
+      const int32_t columns = groups.columns[c] + groups.columns[g], height = groups.columns[c] + groups.height[g];
+      if (!worthwhile(columns, zeros, trapezoid(columns, height))) {
+        groups.add_child(g, c);
         continue;
       }
-      p.columns += child.columns;
-      p.height += child.columns;
-      p.zeros = zeros;
-      p.members.insert(p.members.end(), child.members.begin(), child.members.end());
-      for (int32_t grandchild : child.children) { groups[grandchild].parent = g; kept.push_back(grandchild); }
-      child.columns = 0;
-      child.members.clear();
-      child.children.clear();
+      groups.columns[g] = columns;
+      groups.height[g] = height;
+      groups.zeros[g] = zeros;
+      groups.columns[c] = 0;
+      groups.next[groups.last_member[g]] = groups.first_member[c];
+      groups.last_member[g] = groups.last_member[c];
+      groups.take_children(g, c);
     }
-    p.children = kept;
   }
 }
 
-double update_entries(const Group& g) { return double(g.height - g.columns) * (g.height - g.columns); }
-
-}  // namespace
-
-Prediction predict(int32_t n, const int64_t* indptr, const int32_t* indices, const int32_t* perm) {
-  Permuted p = permute(n, indptr, indices, perm);
-  Ints parent = elimination_tree(n, p);
-  return predict(column_counts(n, p, parent, postorder(parent)));
-}
-
-void adjacency(int32_t n, const int64_t* indptr, const int32_t* indices, Ints& xadj, Ints& adjncy) {
-  Ints identity(n);
-  std::iota(identity.begin(), identity.end(), 0);
-  Permuted p = permute(n, indptr, indices, identity.data());
-  if (2 * int64_t(p.rows.size()) > INT32_MAX) throw std::overflow_error("adjacency exceeds 32-bit indices");
-  xadj.assign(1, 0);
-  adjncy.clear();
-  adjncy.reserve(2 * p.rows.size());
-  for (int32_t j = 0; j < n; j++) {
-    adjncy.insert(adjncy.end(), p.columns.begin() + p.row_ptr[j], p.columns.begin() + p.row_ptr[j + 1]);
-    adjncy.insert(adjncy.end(), p.rows.begin() + p.column_ptr[j], p.rows.begin() + p.column_ptr[j + 1]);
-    xadj.push_back(int32_t(adjncy.size()));
-  }
-}
-
-Plan::Plan(int32_t n_, const int64_t* indptr, const int32_t* indices, const int32_t* fill_reducing) : n(n_) {
-  // Elimination tree and column counts of the fill-reducing order, renumbered by a postorder of that tree.
-  perm.assign(fill_reducing, fill_reducing + n);
-  Permuted p = permute(n, indptr, indices, perm.data());
-  Ints tree = elimination_tree(n, p), order = postorder(tree), counts = column_counts(n, p, tree, order);
-  prediction = predict(counts);
-  {
-    Ints inverse(n), new_perm(n), new_tree(n), new_counts(n);
-    for (int32_t k = 0; k < n; k++) inverse[order[k]] = k;
-    for (int32_t k = 0; k < n; k++) {
-      new_perm[k] = perm[order[k]];
-      new_counts[k] = counts[order[k]];
-      new_tree[k] = tree[order[k]] == -1 ? -1 : inverse[tree[order[k]]];
-    }
-    perm.swap(new_perm);
-    tree.swap(new_tree);
-    counts.swap(new_counts);
-  }
-
-  // Fundamental supernodes: consecutive columns with one structure.
-  std::vector<Group> groups;
-  Ints start, group_of(n);
-  for (int32_t j = 0; j < n; j++) {
-    bool same = j > 0 && tree[j - 1] == j && counts[j - 1] == counts[j] + 1;
-    if (!same) {
-      groups.emplace_back();
-      groups.back().height = counts[j];
-      groups.back().members.push_back(int32_t(start.size()));
-      start.push_back(j);
-    }
-    group_of[j] = int32_t(groups.size()) - 1;
-    groups.back().columns++;
-  }
-  start.push_back(n);
-  for (int32_t g = 0; g < int32_t(groups.size()); g++) {
-    int32_t up = tree[start[g + 1] - 1];
-    if (up == -1) continue;
-    groups[g].parent = group_of[up];
-    groups[group_of[up]].children.push_back(g);
-  }
-  amalgamate(groups);
-
-  // The order of the tree: among siblings first the one whose peak of update memory exceeds what it leaves the most.
+// The groups in a postorder that keeps the update matrices waiting for their parents small: among siblings first the one
+// whose peak of update memory exceeds what it leaves the most.
+Ints sequence_of(Groups& groups, const std::vector<int32_t>& roots) {
   std::vector<double> peak(groups.size(), 0);
-  Ints roots, sequence, stack;
-  for (int32_t g = 0; g < int32_t(groups.size()); g++) {
-    Group& node = groups[g];
-    if (!node.columns) continue;
-    if (node.parent == -1) roots.push_back(g);
-    std::sort(node.children.begin(), node.children.end(), [&](int32_t a, int32_t b) {
-      double left = peak[a] - update_entries(groups[a]), right = peak[b] - update_entries(groups[b]);
+  Ints children;
+  for (int32_t g = 0; g < groups.size(); g++) {
+    if (!groups.columns[g]) continue;
+    children.clear();
+    groups.each_child(g, [&](int32_t c) { children.push_back(c); });
+    std::sort(children.begin(), children.end(), [&](int32_t a, int32_t b) {
+      double left = peak[a] - groups.update_entries(a), right = peak[b] - groups.update_entries(b);
       return left != right ? left > right : a < b;
     });
+    groups.first_child[g] = groups.last_child[g] = -1;
     double waiting = 0;
-    for (int32_t c : node.children) {
+    for (int32_t c : children) {
+      groups.add_child(g, c);
       peak[g] = std::max(peak[g], waiting + peak[c]);
-      waiting += update_entries(groups[c]);
+      waiting += groups.update_entries(c);
     }
-    peak[g] = std::max(peak[g], waiting + update_entries(node));
+    peak[g] = std::max(peak[g], waiting + groups.update_entries(g));
   }
-  Ints visited(groups.size(), 0);
+  Ints sequence, stack, following = groups.first_child;
+  sequence.reserve(groups.size());
   for (int32_t root : roots) {
     stack.push_back(root);
     while (!stack.empty()) {
-      int32_t g = stack.back();
-      if (visited[g] < int32_t(groups[g].children.size())) {
-        int32_t c = groups[g].children[visited[g]++];
+      int32_t& c = following[stack.back()];
+      if (c != -1) {
         stack.push_back(c);
+        c = groups.sibling[c];
       } else {
-        sequence.push_back(g);
+        sequence.push_back(stack.back());
         stack.pop_back();
       }
     }
   }
+  return sequence;
+}
 
-  // Final column order: the members of each supernode in postorder of the elimination tree.
+}  // namespace
+
+Elimination::Elimination(int32_t n_, const int64_t* indptr, const int32_t* indices, const int32_t* perm_)
+    : n(n_), entries(indptr[n_]), perm(perm_, perm_ + n_), column_ptr(size_t(n_) + 1, 0), row_ptr(size_t(n_) + 1, 0), diagonal(n_, -1) {
+  Ints inverse(n);
+  for (int32_t k = 0; k < n; k++) inverse[perm[k]] = k;
+  auto each = [&](auto&& visit) {
+    for (int32_t j = 0; j < n; j++)
+      for (int64_t e = indptr[j]; e < indptr[j + 1]; e++) visit(inverse[indices[e]], inverse[j], int32_t(e));
+  };
+  each([&](int32_t a, int32_t b, int32_t) {
+    if (a != b) { column_ptr[std::min(a, b) + 1]++; row_ptr[std::max(a, b) + 1]++; }
+  });
+  std::partial_sum(column_ptr.begin(), column_ptr.end(), column_ptr.begin());
+  std::partial_sum(row_ptr.begin(), row_ptr.end(), row_ptr.begin());
+  rows.resize(column_ptr[n]);
+  slots.resize(column_ptr[n]);
+  columns.resize(row_ptr[n]);
+  Longs next_column(column_ptr), next_row(row_ptr);
+  each([&](int32_t a, int32_t b, int32_t slot) {
+    const int32_t i = std::max(a, b), j = std::min(a, b);
+    if (i == j) {
+      diagonal[i] = slot;
+      return;
+    }
+    const int64_t e = next_column[j]++;
+    rows[e] = i;
+    slots[e] = a < b ? ~slot : slot;
+    columns[next_row[i]++] = j;
+  });
+  parent = elimination_tree(*this);
+  order = postorder(parent);
+  counts = column_counts(*this);
+  for (int32_t c : counts) {
+    prediction.nnz += c;
+    prediction.flops += double(c) * c;
+  }
+}
+
+int64_t Elimination::nbytes() const {
+  return bytes_of(perm, column_ptr, row_ptr, rows, slots, columns, diagonal, parent, order, counts);
+}
+
+Plan::Plan(const Elimination& a) : prediction(a.prediction), n(a.n) {
+  // Fundamental supernodes: consecutive columns, in postorder, with one structure.
+  Ints inverse(n), group_of(n), start;
+  for (int32_t k = 0; k < n; k++) inverse[a.order[k]] = k;
+  auto above = [&](int32_t k) { return a.parent[a.order[k]] == -1 ? -1 : inverse[a.parent[a.order[k]]]; };
+  Groups groups(n);
+  for (int32_t k = 0; k < n; k++) {
+    const int32_t count = a.counts[a.order[k]];
+    if (k == 0 || above(k - 1) != k || a.counts[a.order[k - 1]] != count + 1) {
+      groups.add(count);
+      start.push_back(k);
+    }
+    group_of[k] = groups.size() - 1;
+    groups.columns.back()++;
+  }
+  start.push_back(n);
+  groups.begin_lists();
+  Ints roots;
+  for (int32_t g = 0; g < groups.size(); g++) {
+    const int32_t up = above(start[g + 1] - 1);
+    if (up == -1) roots.push_back(g);
+    else groups.add_child(group_of[up], g);
+  }
+  amalgamate(groups);
+  const Ints sequence = sequence_of(groups, roots);
+
+  // Final column order: the members of each supernode in postorder of the elimination tree. `column` is the column of A
+  // under the given permutation, `inverse` from now on its inverse.
   supernodes = int32_t(sequence.size());
-  Ints final_order, number(groups.size(), -1);
-  final_order.reserve(n);
+  Ints column, number(groups.size(), -1), members;
+  column.reserve(n);
+  int64_t all_rows = 0;
+  for (auto* each : {&first, &child}) each->reserve(size_t(supernodes) + 1);
+  for (auto* each : {&row, &panel, &run}) each->reserve(size_t(supernodes) + 1);
   first.push_back(0);
   for (int32_t s = 0; s < supernodes; s++) {
-    Group& g = groups[sequence[s]];
-    number[sequence[s]] = s;
-    std::sort(g.members.begin(), g.members.end());
-    for (int32_t f : g.members)
-      for (int32_t j = start[f]; j < start[f + 1]; j++) final_order.push_back(j);
-    first.push_back(int32_t(final_order.size()));
+    const int32_t g = sequence[s];
+    number[g] = s;
+    members.clear();
+    for (int32_t f = groups.first_member[g]; f != -1; f = groups.next[f]) members.push_back(f);
+    std::sort(members.begin(), members.end());
+    for (int32_t f : members)
+      for (int32_t k = start[f]; k < start[f + 1]; k++) column.push_back(a.order[k]);
+    first.push_back(int32_t(column.size()));
+    all_rows += groups.height[g] - groups.columns[g];
   }
-  {
-    Ints new_perm(n);
-    for (int32_t k = 0; k < n; k++) new_perm[k] = perm[final_order[k]];
-    perm.swap(new_perm);
+  perm.resize(n);
+  for (int32_t k = 0; k < n; k++) {
+    perm[k] = a.perm[column[k]];
+    inverse[column[k]] = k;
   }
-  p = permute(n, indptr, indices, perm.data());
 
-  // Rows of each supernode: those of its own columns of A and those of its children's update matrices.
+  // Rows of each supernode: those of its own columns of A and those of its children's update matrices. What lies below the
+  // diagonal of A lies there in the final order too, because descendants come before ancestors in both.
   Ints mark(n, -1), position(n, -1);
+  rows.reserve(size_t(all_rows));
+  children.reserve(supernodes);
   child.assign(1, 0);
   row.assign(1, 0);
   panel.assign(1, 0);
   run.assign(1, 0);
   for (int32_t s = 0; s < supernodes; s++) {
-    const Group& g = groups[sequence[s]];
     int64_t begin = int64_t(rows.size());
     int32_t end = first[s + 1];
     auto add = [&](int32_t i) {
       if (i >= end && mark[i] != s) { mark[i] = s; rows.push_back(i); }
     };
     for (int32_t j = first[s]; j < end; j++)
-      for (int64_t e = p.column_ptr[j]; e < p.column_ptr[j + 1]; e++) add(p.rows[e]);
-    for (int32_t c : g.children) {
-      children.push_back(number[c]);
-      for (int64_t e = row[number[c]]; e < row[number[c] + 1]; e++) add(rows[e]);
-    }
+      for (int64_t e = a.column_ptr[column[j]]; e < a.column_ptr[column[j] + 1]; e++) add(inverse[a.rows[e]]);
+    groups.each_child(sequence[s], [&](int32_t g) {
+      const int32_t c = number[g];
+      children.push_back(c);
+      for (int64_t e = row[c]; e < row[c + 1]; e++) add(rows[e]);
+    });
     std::sort(rows.begin() + begin, rows.end());
     child.push_back(int32_t(children.size()));
     row.push_back(int64_t(rows.size()));
@@ -336,7 +357,9 @@ Plan::Plan(int32_t n_, const int64_t* indptr, const int32_t* indices, const int3
       depth[children[c]] = depth[s] + 1;
     }
 
-  // The rows of each update matrix in the parent's front.
+  // The rows of each update matrix in the parent's front, and where each canonical entry lies in its panel.
+  supernode_of.resize(size_t(a.entries));
+  position_of.resize(size_t(a.entries));
   relative.resize(rows.size());
   Longs run_begin(supernodes, 0), run_end(supernodes, 0);
   std::vector<Run> unordered;
@@ -344,6 +367,18 @@ Plan::Plan(int32_t n_, const int64_t* indptr, const int32_t* indices, const int3
     int32_t k = first[s + 1] - first[s];
     for (int32_t j = first[s]; j < first[s + 1]; j++) position[j] = j - first[s];
     for (int64_t e = row[s]; e < row[s + 1]; e++) position[rows[e]] = k + int32_t(e - row[s]);
+    const int64_t m = k + row[s + 1] - row[s];
+    for (int32_t j = 0; j < k; j++) {
+      const int32_t c = column[first[s] + j];
+      auto place = [&](int32_t slot, int64_t i) {
+        const bool exchanged = slot < 0;
+        if (exchanged) slot = ~slot;
+        supernode_of[slot] = s;
+        position_of[slot] = exchanged ? ~(i + j * m) : i + j * m;
+      };
+      if (a.diagonal[c] != -1) place(a.diagonal[c], j);
+      for (int64_t e = a.column_ptr[c]; e < a.column_ptr[c + 1]; e++) place(a.slots[e], position[inverse[a.rows[e]]]);
+    }
     for (int32_t c = child[s]; c < child[s + 1]; c++) {
       int32_t t = children[c];
       run_begin[t] = int64_t(unordered.size());
@@ -357,32 +392,11 @@ Plan::Plan(int32_t n_, const int64_t* indptr, const int32_t* indices, const int3
       run_end[t] = int64_t(unordered.size());
     }
   }
+  runs.reserve(unordered.size());
   for (int32_t s = 0; s < supernodes; s++) {
     runs.insert(runs.end(), unordered.begin() + run_begin[s], unordered.begin() + run_end[s]);
     run.push_back(int64_t(runs.size()));
   }
-
-  // Where each canonical entry lies in its panel.
-  Ints inverse(n), supernode_of_column(n);
-  for (int32_t k = 0; k < n; k++) inverse[perm[k]] = k;
-  for (int32_t s = 0; s < supernodes; s++)
-    for (int32_t j = first[s]; j < first[s + 1]; j++) supernode_of_column[j] = s;
-  supernode_of.resize(indptr[n]);
-  position_of.resize(indptr[n]);
-  for (int32_t j = 0; j < n; j++)
-    for (int64_t e = indptr[j]; e < indptr[j + 1]; e++) {
-      int32_t a = inverse[indices[e]], b = inverse[j], i = std::max(a, b), c = std::min(a, b);
-      int32_t s = supernode_of_column[c];
-      int64_t k = first[s + 1] - first[s], m = k + row[s + 1] - row[s], local;
-      if (i < first[s + 1]) {
-        local = i - first[s];
-      } else {
-        auto found = std::lower_bound(rows.begin() + row[s], rows.begin() + row[s + 1], i);
-        local = k + (found - (rows.begin() + row[s]));
-      }
-      supernode_of[e] = s;
-      position_of[e] = local + (c - first[s]) * m;
-    }
 }
 
 Tree Plan::tree() const {
@@ -391,8 +405,8 @@ Tree Plan::tree() const {
 }
 
 int64_t Plan::nbytes() const {
-  auto bytes = [](const auto&... v) { return (int64_t(v.size() * sizeof(v[0])) + ...); };
-  return bytes(perm, first, rows, relative, child, children, parent, depth, row, panel, run, runs, supernode_of, position_of);
+  return bytes_of(perm, first, rows, relative, child, children, parent, depth, row, panel, run, runs, supernode_of,
+                  position_of);
 }
 
 }  // namespace spcache

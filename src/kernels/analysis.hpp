@@ -14,8 +14,30 @@ struct Prediction {
   double flops = 0;  // sum over columns of count^2 (one multiply-add counts as two)
 };
 
+// A structure under a permutation, and what follows from the elimination tree.
+struct Elimination {
+  // Takes the lower triangle of the structure (the diagonal may be missing); perm[k] is the original index of pivot k.
+  Elimination(int32_t n, const int64_t* indptr, const int32_t* indices, const int32_t* perm);
+  int64_t nbytes() const;
+
+  int32_t n;
+  int64_t entries;  // of the structure
+  std::vector<int32_t> perm;
+  // Off the diagonal, by columns and by rows: for each j the rows i > j, for each i the columns j < i, unsorted. With each
+  // row its canonical slot, or ~slot where the permutation exchanges row and column.
+  std::vector<int64_t> column_ptr, row_ptr;
+  std::vector<int32_t> rows, slots, columns;
+  std::vector<int32_t> diagonal;  // [n] canonical slot of each pivot's diagonal entry, -1 where there is none
+  std::vector<int32_t> parent;    // [n] in the elimination tree: first i > j with L(i, j) != 0, or -1
+  std::vector<int32_t> order;     // [n] a postorder of that tree
+  std::vector<int32_t> counts;    // [n] entries of each column of L, the diagonal included
+  Prediction prediction;
+};
+
 struct Plan {
-  Plan(int32_t n, const int64_t* indptr, const int32_t* indices, const int32_t* perm);
+  explicit Plan(const Elimination& elimination);
+  Plan(int32_t n, const int64_t* indptr, const int32_t* indices, const int32_t* perm)
+      : Plan(Elimination(n, indptr, indices, perm)) {}
   Tree tree() const;
   int64_t nbytes() const;
 
@@ -27,7 +49,8 @@ struct Plan {
   std::vector<int64_t> row, panel, run;
   std::vector<Run> runs;
   std::vector<int32_t> supernode_of; // [nnz(structure)] canonical slot -> supernode
-  std::vector<int64_t> position_of;  // [nnz(structure)] canonical slot -> place in that supernode's panel
+  std::vector<int64_t> position_of;  // [nnz(structure)] canonical slot -> place p in that supernode's panel, or ~p
+                                     // where the entry is stored through its mirror image
 };
 
 // Who factors which supernodes, and where update matrices lie meanwhile. Tasks are subtrees, and single fronts above them,
@@ -89,12 +112,5 @@ void factorize_batch(const Kernels& kernels, const Tree& tree, const Schedule& s
                      const Batch& batch, int64_t* status, const Scratch* scratch, int threads);
 void solve_batch(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const Factors& factors,
                  const Batch& batch, int64_t width, void* const* local, int threads);
-
-// Both take the lower triangle of the structure (the diagonal may be missing); perm[k] is the original index of pivot k.
-Prediction predict(int32_t n, const int64_t* indptr, const int32_t* indices, const int32_t* perm);
-
-// The whole symmetric adjacency without the diagonal, as METIS wants it.
-void adjacency(int32_t n, const int64_t* indptr, const int32_t* indices, std::vector<int32_t>& xadj,
-               std::vector<int32_t>& adjncy);
 
 }  // namespace spcache

@@ -46,6 +46,7 @@ template <bool wide> struct KluIndex;
     using Int = decltype(Symbolic::n); /* SuiteSparse_long or int64_t, as the version has it */ \
     static constexpr auto* defaults = PREFIX##defaults; \
     static constexpr auto* analyze = PREFIX##analyze; \
+    static constexpr auto* analyze_given = PREFIX##analyze_given; \
     static constexpr auto* free_symbolic = PREFIX##free_symbolic; \
     static constexpr auto* maxtrans = MAXTRANS; \
     static constexpr auto* allocate = PREFIX##malloc; \
@@ -118,20 +119,25 @@ class AnalysisOf final : public Analysis {
   using Int = typename K::Int;
   std::vector<Int> indptr;                   // [n + 1]
   std::vector<Int> indices;                  // [nnz(A)]
+  std::vector<Int> given;                    // [n] order of rows and columns, or empty: KLU's own
   typename K::Common common;                 // options; every call works on a copy
   typename K::Symbolic* symbolic = nullptr;  // owned
 
-  template <class P, class R>
-  AnalysisOf(int64_t order, const P* Ap, const R* Ai, int ordering) : AnalysisOf(order, Ap, Ai) {
+  // permutation: [order] or null.
+  template <class P, class R, class G>
+  AnalysisOf(int64_t order, const P* Ap, const R* Ai, int ordering, const G* permutation) : AnalysisOf(order, Ap, Ai) {
     K::defaults(&common);
     common.tol = PIVOT_TOLERANCE;
     common.ordering = ordering;
-    symbolic = K::analyze(Int(n), indptr.data(), indices.data(), &common);
+    if (permutation) given.assign(permutation, permutation + n);
+    // Rows go the way of columns: the blocks are then those of the matrix whatever its diagonal.
+    symbolic = permutation ? K::analyze_given(Int(n), indptr.data(), indices.data(), given.data(), given.data(), &common)
+                           : K::analyze(Int(n), indptr.data(), indices.data(), &common);
     if (!symbolic) return;
-    bool predicted = ordering == 0;
+    bool predicted = ordering == 0 && !permutation;
     flops = predicted ? symbolic->est_flops : -1;
     nnz = predicted ? int64_t(symbolic->lnz + symbolic->unz) - n + symbolic->nzoff : int64_t(indices.size());
-    if (ordering == 2 || symbolic->structural_rank < n) match();
+    if (ordering == 2 || permutation || symbolic->structural_rank < n) match();
     estimate_blocks();
   }
   ~AnalysisOf() override { K::free_symbolic(&symbolic, &common); }
@@ -140,7 +146,7 @@ class AnalysisOf final : public Analysis {
   Factors* factors(Dtype dtype, int64_t batch) const override;
   Analysis* widened(int* status) const override;
   int64_t nbytes() const override {
-    size_t numbers = indptr.size() + indices.size() + 3 * size_t(n) + 1;  // and P, Q, R of KLU
+    size_t numbers = indptr.size() + indices.size() + given.size() + 3 * size_t(n) + 1;  // and P, Q, R of KLU
     return int64_t(sizeof *this + sizeof *symbolic + sizeof(Int) * numbers + sizeof(double) * size_t(n));
   }
 
@@ -176,25 +182,27 @@ class AnalysisOf final : public Analysis {
 };
 
 // Analyzes a CSC structure (indptr [n + 1], indices [indptr[n]]; n > 0). ordering: 0 AMD, 1 COLAMD, 2 natural, each
-// inside the blocks of the block triangular form. Null, and KLU's status, where that fails.
-inline Analysis* analyze(int64_t n, const int64_t* indptr, const int32_t* indices, int ordering, bool wide,
-                         int* status) {
+// inside the blocks of the block triangular form; or where `given` is not null, that permutation [n] of rows and columns.
+// Null, and KLU's status, where that fails.
+inline Analysis* analyze(int64_t n, const int64_t* indptr, const int32_t* indices, int ordering, const int32_t* given,
+                         bool wide, int* status) {
   constexpr int64_t LIMIT = int64_t(1) << 28;  // entries of A and of L below which 32-bit indices suffice
   if (!wide && indptr[n] + n < LIMIT) {
-    auto narrow = std::make_unique<AnalysisOf<false>>(n, indptr, indices, ordering);
+    auto narrow = std::make_unique<AnalysisOf<false>>(n, indptr, indices, ordering, given);
     *status = narrow->common.status;
     if (*status == KLU_INVALID) return nullptr;
-    if (narrow->symbolic && (ordering != 0 || (narrow->symbolic->lnz >= 0 && narrow->symbolic->lnz < LIMIT)))
+    if (narrow->symbolic && (ordering != 0 || given || (narrow->symbolic->lnz >= 0 && narrow->symbolic->lnz < LIMIT)))
       return narrow.release();
   }
-  auto large = std::make_unique<AnalysisOf<true>>(n, indptr, indices, ordering);
+  auto large = std::make_unique<AnalysisOf<true>>(n, indptr, indices, ordering, given);
   *status = int(large->common.status);
   return large->symbolic ? large.release() : nullptr;
 }
 
 template <bool wide>
 Analysis* AnalysisOf<wide>::widened(int* status) const {
-  auto large = std::make_unique<AnalysisOf<true>>(n, indptr.data(), indices.data(), int(common.ordering));
+  auto large = std::make_unique<AnalysisOf<true>>(n, indptr.data(), indices.data(), int(common.ordering),
+                                                  given.empty() ? nullptr : given.data());
   *status = int(large->common.status);
   return large->symbolic ? large.release() : nullptr;
 }

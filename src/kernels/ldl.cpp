@@ -51,17 +51,14 @@ LdlPlan::LdlPlan(int32_t n, const int64_t* Ap, const int32_t* Ai, const int64_t*
                  const int32_t* slots, const int32_t* perm)
     : plan(n, tree_indptr, tree_indices, perm), indptr(Ap, Ap + n + 1), begin(plan.supernodes + 1, 0),
       indices(Ai, Ai + Ap[n]), slot(Ap[n]), target(Ap[n]) {
-  std::vector<int32_t> inverse(n);
-  for (int32_t k = 0; k < n; k++) inverse[plan.perm[k]] = k;
   for (int64_t e = 0; e < Ap[n]; e++) begin[plan.supernode_of[slots[e]] + 1]++;
   std::partial_sum(begin.begin(), begin.end(), begin.begin());
   std::vector<int64_t> next(begin);
-  for (int32_t j = 0; j < n; j++)
-    for (int64_t e = Ap[j]; e < Ap[j + 1]; e++) {
-      const int64_t to = next[plan.supernode_of[slots[e]]]++;
-      slot[to] = inverse[Ai[e]] < inverse[j] ? ~int32_t(e) : int32_t(e);
-      target[to] = uint32_t(plan.position_of[slots[e]]);
-    }
+  for (int32_t e = 0; e < int32_t(Ap[n]); e++) {
+    const int64_t to = next[plan.supernode_of[slots[e]]]++, at = plan.position_of[slots[e]];
+    slot[to] = at < 0 ? ~e : e;
+    target[to] = uint32_t(at < 0 ? ~at : at);
+  }
 }
 
 int64_t LdlPlan::nbytes() const {

@@ -37,19 +37,24 @@ inline int64_t compress(int64_t nnz, const int32_t* row, const int32_t* column, 
   return count;
 }
 
-// Sorts contributions by (group, role); see assembly.hpp. Arrays begin, source and target are outputs.
+// Sorts contributions by (group, role); see assembly.hpp. Arrays begin, source and target are outputs. A position ~p is
+// place p, where the mirror image of the slot is stored: direct contributions become mirrored ones and vice versa.
 inline void sort_contributions(int64_t count, const int32_t* slot, const int32_t* source, const uint8_t* role,
                                const int32_t* group_of, const int64_t* position_of, int64_t groups,
                                int64_t* begin, int32_t* sorted_source, uint32_t* target) {
   for (int64_t g = 0; g <= 3 * groups; g++) begin[g] = 0;
-  auto bucket = [&](int64_t e) { return 3 * int64_t(group_of ? group_of[slot[e]] : 0) + role[e]; };
+  auto position = [&](int64_t e) { return position_of ? position_of[slot[e]] : slot[e]; };
+  auto bucket = [&](int64_t e) {
+    const int as_stored = role[e] == DIAGONAL || position(e) >= 0 ? role[e] : DIRECT + MIRRORED - role[e];
+    return 3 * int64_t(group_of ? group_of[slot[e]] : 0) + as_stored;
+  };
   for (int64_t e = 0; e < count; e++) begin[bucket(e) + 1]++;
   for (int64_t g = 0; g < 3 * groups; g++) begin[g + 1] += begin[g];
   std::vector<int64_t> next(begin, begin + 3 * groups);
   for (int64_t e = 0; e < count; e++) {
     int64_t p = next[bucket(e)]++;
     sorted_source[p] = source[e];
-    target[p] = uint32_t(position_of ? position_of[slot[e]] : slot[e]);
+    target[p] = uint32_t(position(e) < 0 ? ~position(e) : position(e));
   }
 }
 
