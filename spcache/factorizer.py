@@ -407,11 +407,13 @@ class Factorizer:
 
     def _require_symmetric(self, values: Tensor) -> None:
         """Values whose triangles agree, as the kind says."""
-        for e, (address, dtype) in enumerate(_matrices(values)):
-            difference, largest = self.pattern.paired.asymmetry(
-                address, self.pattern.nnz, dtype, self.convention.mirror == CONJUGATED
-            )
-            self._check_asymmetry(values, e, difference, largest)
+        nnz = self.pattern.nnz
+        found = self.pattern.paired.asymmetric(
+            values.data_ptr(), values.numel() // nnz, nnz, DTYPE_CODES[values.dtype],
+            self.convention.mirror == CONJUGATED, _ASYMMETRY,
+        )  # fmt: skip
+        if found:
+            self._check_asymmetry(values, *found)
 
     def _check_asymmetry(self, values: Tensor, e: int, difference: float, largest: float) -> None:
         if difference > _ASYMMETRY * largest:

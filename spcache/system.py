@@ -44,9 +44,9 @@ class SparseSystem:
         triangle: None, both triangles are stored; "lower" or "upper", only that one is and the other is its mirror
             image. For "spd", "symmetric" and "hermitian".
         ordering: how rows and columns are ordered to keep the factor sparse: "auto" (what predicts the least work),
-            "amd", "metis" (nested dissection; spd, symmetric and hermitian), "colamd" (general), "natural"; or [n; integer],
-            NumPy or torch, the original index of each pivot. Kind "general" orders inside the blocks of the
-            block triangular form, and may exchange rows for the sake of pivots. Names only for cuDSS.
+            "amd", "metis" (nested dissection; spd, symmetric, hermitian), "colamd" (general), "natural"; or
+            [n; integer], NumPy or torch, the original index of each pivot. Kind "general" orders inside the blocks of
+            the block triangular form, and may exchange rows for the sake of pivots. Names only for cuDSS.
         threads: the most threads that a factorization or a solve may use; None: as many as torch
             (`torch.get_num_threads`). The result does not depend on it. Small systems use one
             thread; of kind "general", only batches use more.

@@ -58,6 +58,13 @@ cdef extern from "kernels/multifrontal.hpp" namespace "spcache" nogil:
     cdef struct Kernels:
         int32_t lanes
         int64_t (*pack_size)(int64_t) noexcept nogil
+    cdef struct Interleaving:
+        const Kernels* kernels
+        int32_t width
+        void (*separate)(const void*, int64_t, void**, int) noexcept nogil
+    const Interleaving* interleaving_baseline(Dtype)
+    const Interleaving* interleaving_avx2(Dtype)
+    const Interleaving* interleaving_avx512(Dtype)
     const Kernels* kernels_baseline(Dtype)
     const Kernels* kernels_avx2(Dtype)
     const Kernels* kernels_avx512(Dtype)
@@ -101,6 +108,10 @@ cdef extern from "kernels/analysis.hpp" namespace "spcache" nogil:
         const int64_t* select
     void factorize_batch(const Kernels&, const Tree&, const Schedule&, const CAssembly&, const Batch&, int64_t*,
                          const Scratch*, int)
+    void factorize_interleaved(const Interleaving&, const Tree&, const Schedule&, const CAssembly&, const Batch&, int64_t*,
+                               const Scratch*, void**, int)
+    void solve_interleaved(const Interleaving&, const Tree&, const Schedule&, const Factors&, const Batch&, int64_t, void**,
+                           void**, int)
     void solve_batch(const Kernels&, const Tree&, const Schedule&, const Factors&, const Batch&, int64_t, void**, int)
     int64_t c_factorize "spcache::factorize"(const Kernels&, const Tree&, const Schedule&, const CAssembly&, const void*,
                                              void*, const Scratch*, int)
@@ -131,6 +142,8 @@ cdef extern from *:
     namespace spcache {
     static const Kernels* kernels_avx2(Dtype dtype) { return kernels_baseline(dtype); }
     static const Kernels* kernels_avx512(Dtype dtype) { return kernels_baseline(dtype); }
+    static const Interleaving* interleaving_avx2(Dtype dtype) { return interleaving_baseline(dtype); }
+    static const Interleaving* interleaving_avx512(Dtype dtype) { return interleaving_baseline(dtype); }
     }
     #endif
     """
@@ -145,6 +158,7 @@ LIBRARIES = {  # what this was built with
     "CAMD": f"{CAMD_MAIN_VERSION}.{CAMD_SUB_VERSION}.{CAMD_SUBSUB_VERSION}, 32-bit indices",
     "METIS": f"{METIS_VER_MAJOR}.{METIS_VER_MINOR}.{METIS_VER_SUBMINOR}, {IDXTYPEWIDTH}-bit indices",
 }
+cdef int LAYOUTS = 6  # the four scalar types, and the two real ones of matrices side by side
 cdef int ITEMSIZE[4]
 ITEMSIZE[:] = [4, 8, 8, 16]
 
@@ -290,7 +304,11 @@ cdef class Workspace:
     """Scratch memory of one factorization: update matrices and packed blocks, for each thread its own."""
     cdef list memories
     cdef vector[Scratch] scratch  # [threads]
-    cdef readonly int64_t nbytes
+    cdef Memory side              # values of matrices side by side
+
+    @property
+    def nbytes(self):
+        return sum([(<Memory> memory).nbytes for memory in [*self.memories, self.side]])
 
     @staticmethod
     cdef Workspace make(const Schedule* schedule, int64_t pack_size, int64_t itemsize, int threads):
@@ -306,46 +324,55 @@ cdef class Workspace:
             scratch.update = schedule.update.data()
             scratch.queue = <int32_t*> queue.data
             new.scratch.push_back(scratch)
-        new.nbytes = sum([(<Memory> memory).nbytes for memory in new.memories])
+        new.side = Memory(0)
         return new
 
 
 cdef class SolveWorkspace:
     """Scratch memory of one solve; see Kernels::solve and Schedule."""
     cdef Memory local, queue
+    cdef Memory side  # b and x of matrices side by side
 
     @property
     def nbytes(self):
-        return self.local.nbytes + self.queue.nbytes
+        return self.local.nbytes + self.queue.nbytes + self.side.nbytes
 
 
 cdef class Team:
-    """A schedule for a number of threads, and idle workspaces for it, a list per scalar type."""
+    """A schedule for a number of threads, and idle workspaces for it: a list per scalar type, and for matrices side by
+    side."""
     cdef unique_ptr[Schedule] schedule
     cdef int threads      # that find work
     cdef list idle        # of Workspace
     cdef list idle_solve  # of SolveWorkspace
 
-    cdef Workspace workspace(self, Storage storage):
-        """An idle one, or a new one."""
-        cdef list idle = self.idle[storage.dtype]
-        if idle:
-            return idle.pop()
-        return Workspace.make(
-            self.schedule.get(), storage.kernels.pack_size(storage.symbolic.plan.get().largest_front),
-            ITEMSIZE[storage.dtype], self.threads)
+    cdef Workspace workspace(self, Storage storage, int64_t side):
+        """An idle one with so many bytes for values side by side, or a new one."""
+        cdef list idle = self.idle[storage.layout]
+        cdef Workspace found = idle.pop() if idle else None
+        if found is None:
+            found = Workspace.make(
+                self.schedule.get(), storage.kernels.pack_size(storage.symbolic.plan.get().largest_front),
+                storage.unit, self.threads)
+        if found.side.nbytes < side:
+            found.side = Memory(side)
+        return found
 
-    cdef SolveWorkspace solve_workspace(self, Storage storage):
-        """An idle one, or a new one."""
-        cdef list idle = self.idle_solve[storage.dtype]
+    cdef SolveWorkspace solve_workspace(self, Storage storage, int layout, int64_t row, int64_t side):
+        """An idle one with so many bytes for each row of a front, and for b and x side by side; or a new one."""
+        cdef list idle = self.idle_solve[layout]
         cdef const Plan* plan = storage.symbolic.plan.get()
-        cdef SolveWorkspace new
-        if idle:
-            return idle.pop()
-        new = SolveWorkspace()
-        new.local = Memory((plan.n + plan.row.back()) * storage.kernels.lanes * ITEMSIZE[storage.dtype])
-        new.queue = Memory(self.schedule.get().queue_size() * sizeof(int32_t))
-        return new
+        cdef int64_t size = (plan.n + plan.row.back()) * row
+        cdef SolveWorkspace found = idle.pop() if idle else None
+        if found is None:
+            found = SolveWorkspace()
+            found.local = found.side = Memory(0)
+            found.queue = Memory(self.schedule.get().queue_size() * sizeof(int32_t))
+        if found.local.nbytes < size:
+            found.local = Memory(size)
+        if found.side.nbytes < side:
+            found.side = Memory(side)
+        return found
 
 
 cdef class Symbolic:
@@ -375,7 +402,7 @@ cdef class Symbolic:
         cdef Team team = self.teams.get(threads)
         if team is None:
             team = Team()
-            team.idle, team.idle_solve = [[], [], [], []], [[], [], [], []]
+            team.idle, team.idle_solve = [[] for _ in range(LAYOUTS)], [[] for _ in range(LAYOUTS)]
             with nogil:
                 team.schedule.reset(new Schedule(self.plan.get()[0], threads))
             team.threads = team.schedule.get().useful
@@ -417,6 +444,11 @@ cdef class Symbolic:
         """The instruction set of the kernels."""
         return INSTRUCTION_SETS[self.simd_level]
 
+    cdef const Interleaving* interleaving(self, int dtype) noexcept:
+        if self.simd_level == 2:
+            return interleaving_avx512(<Dtype> dtype)
+        return interleaving_avx2(<Dtype> dtype) if self.simd_level == 1 else interleaving_baseline(<Dtype> dtype)
+
     @property
     def supernodes(self):
         return self.plan.get().supernodes
@@ -455,28 +487,62 @@ cdef class Symbolic:
                 idle.clear()
 
 
+# Rows of the largest front up to which the matrices of a batch lie side by side: larger fronts fill vectors by themselves.
+cdef int64_t SIDE_BY_SIDE_UP_TO = 32
+
+
 cdef class Storage:
     """The factors of one batch of values: panels of all supernodes, and one status per matrix."""
     cdef readonly Symbolic symbolic
     cdef readonly int64_t batch
     cdef readonly int dtype
-    cdef readonly Memory factor  # [batch, stored]
+    cdef readonly Memory factor  # [batch, stored]; of matrices side by side [groups, stored, width]
+    cdef Memory plain            # these as [batch, stored], once a solve has asked for that
     cdef vector[int64_t] status  # [batch] 0, or 1 + the pivot that is not positive
     cdef readonly bool failed
+    cdef const Interleaving* by  # of matrices side by side, else NULL
     cdef const Kernels* kernels
+    cdef int layout              # whose workspaces
+    cdef int64_t unit            # bytes of a number of the kernels
 
     def __init__(self, Symbolic symbolic, int dtype, int64_t batch):
         if not 0 <= dtype < 4 or batch < 1:
             raise ValueError("unknown scalar type, or empty batch")
         self.symbolic, self.dtype, self.batch = symbolic, dtype, batch
-        self.kernels = symbolic.kernels(dtype)
-        self.factor = Memory(batch * symbolic.plan.get().panel.back() * ITEMSIZE[dtype])
+        self.by = symbolic.interleaving(dtype)
+        if self.by != NULL and (batch < self.by.width or symbolic.plan.get().largest_front > SIDE_BY_SIDE_UP_TO):
+            self.by = NULL
+        cdef int64_t width = 1 if self.by == NULL else self.by.width
+        self.kernels = symbolic.kernels(dtype) if self.by == NULL else self.by.kernels
+        self.layout, self.unit = dtype if self.by == NULL else 4 + dtype, width * ITEMSIZE[dtype]
+        self.factor = Memory((batch + width - 1) // width * symbolic.plan.get().panel.back() * self.unit)
         self.status.assign(batch, 1)
         self.failed = True
 
     @property
     def nbytes(self):
-        return self.factor.nbytes
+        return self.factor.nbytes + (0 if self.plain is None else self.plain.nbytes)
+
+    cdef Memory separated(self):
+        """The factors one after the other."""
+        if self.by == NULL:
+            return self.factor
+        if self.plain is None:
+            stored = self.symbolic.plan.get().panel.back()
+            self.plain = self._separated(stored, stored * ITEMSIZE[self.dtype])
+        return self.plain
+
+    cdef Memory _separated(self, int64_t stored, int64_t size):
+        cdef Memory plain = Memory(self.batch * size)
+        cdef vector[void*] to
+        cdef int64_t e, first
+        to.resize(self.by.width)
+        for first in range(0, self.batch, self.by.width):
+            for e in range(first, min(first + self.by.width, self.batch)):
+                to[e - first] = <char*> plain.data + e * size
+            self.by.separate(<char*> self.factor.data + first * size, stored, to.data(),
+                             <int> min(self.by.width, self.batch - first))
+        return plain
 
     @property
     def nnz(self):
@@ -495,22 +561,28 @@ cdef class Storage:
         cdef int sharing = 1  # threads that share the batch; with one, `threads` share each matrix
         if self.batch > 1 and threads > 1:
             sharing = self.symbolic.team(1).schedule.get().sharing(self.batch, threads)
-        cdef Team team = self.symbolic.team(1 if sharing > 1 else threads)
+        cdef bool alone = sharing == 1 and self.by == NULL
+        cdef Team team = self.symbolic.team(threads if alone else 1)
         cdef const Schedule* schedule = team.schedule.get()
-        cdef list idle = team.idle[self.dtype]
-        cdef Workspace workspace = team.workspace(self)
+        cdef int64_t side = 0 if self.by == NULL else nnz * self.unit
+        cdef list workspaces = [team.workspace(self, side) for _ in range(sharing)]
         cdef vector[Scratch] scratch
-        cdef list others = []
+        cdef vector[void*] sides
         cdef Batch batch
-        if sharing > 1:
-            others = [team.workspace(self) for _ in range(sharing - 1)]
-            scratch = workspace.scratch
-            for other in others:
-                scratch.push_back((<Workspace> other).scratch[0])
+        for workspace in workspaces:
+            if not alone:
+                scratch.push_back((<Workspace> workspace).scratch[0])
+            sides.push_back((<Workspace> workspace).side.data)
+        if alone:
+            scratch = (<Workspace> workspaces[0]).scratch
         batch.count, batch.begin, batch.begin_stride = self.batch, <const void*> values, nnz * itemsize
         batch.to, batch.to_stride = self.factor.data, size
+        self.plain = None
         with nogil:
-            if sharing > 1:
+            if self.by != NULL:
+                factorize_interleaved(self.by[0], self.symbolic.tree, schedule[0], a[0], batch, self.status.data(),
+                                      scratch.data(), sides.data(), sharing)
+            elif sharing > 1:
                 factorize_batch(self.kernels[0], self.symbolic.tree, schedule[0], a[0], batch, self.status.data(),
                                 scratch.data(), sharing)
             else:
@@ -518,12 +590,11 @@ cdef class Storage:
                     self.status[e] = c_factorize(
                         self.kernels[0], self.symbolic.tree, schedule[0], a[0],
                         <const char*> values + e * nnz * itemsize, <char*> self.factor.data + e * size,
-                        workspace.scratch.data(), team.threads)
+                        scratch.data(), team.threads)
             for e in range(self.batch):
                 failed |= self.status[e] != 0
         self.failed = failed
-        idle.append(workspace)
-        idle += others
+        team.idle[self.layout] += workspaces
 
     def failed_columns(self):
         """Per matrix -1, or the original index of the pivot that is not positive."""
@@ -548,24 +619,37 @@ cdef class Storage:
                 if not 0 <= select[p] < self.batch:
                     raise ValueError("factors names a matrix beyond the batch")
         cdef int sharing = Schedule.sharing_solves(count, count * width * plan.panel.back(), threads)
-        cdef Team team = self.symbolic.team(1 if sharing > 1 else threads)
-        cdef list idle = team.idle_solve[self.dtype]
-        cdef SolveWorkspace workspace = team.solve_workspace(self)
-        cdef vector[void*] locals
-        cdef list others = []
+        # Matrices side by side are solved for side by side where right-hand sides and factors go together.
+        cdef bool together = self.by != NULL and count == self.batch
+        if select != NULL:
+            for p in range(count):
+                together = together and select[p] == p
+        cdef bool alone = sharing == 1 and not together
+        cdef Team team = self.symbolic.team(threads if alone else 1)
+        cdef int layout = self.layout if together else self.dtype
+        cdef int64_t side = 2 * plan.n * width * self.unit if together else 0
+        cdef const Kernels* kernels = self.kernels if self.by == NULL else self.symbolic.kernels(self.dtype)
+        cdef int64_t lanes = 1 if width == 1 else self.kernels.lanes if together else kernels.lanes
+        cdef int64_t row = lanes * (self.unit if together else itemsize)
+        cdef list workspaces = [team.solve_workspace(self, layout, row, side) for _ in range(sharing)]
+        cdef vector[void*] locals, sides
+        cdef int32_t* queue = <int32_t*> (<SolveWorkspace> workspaces[0]).queue.data
+        cdef Memory data = self.factor if together else self.separated()
         cdef Batch batch
         cdef Factors chosen
-        if sharing > 1:
-            others = [team.solve_workspace(self) for _ in range(sharing - 1)]
-        for other in [workspace, *others]:
-            locals.push_back((<SolveWorkspace> other).local.data)
+        for workspace in workspaces:
+            locals.push_back((<SolveWorkspace> workspace).local.data)
+            sides.push_back((<SolveWorkspace> workspace).side.data)
         batch.count, batch.begin, batch.begin_stride = count, <const void*> b, stride
         batch.to, batch.to_stride = <void*> x, stride
-        chosen.count, chosen.stride, chosen.data = self.batch, size, self.factor.data
+        chosen.count, chosen.stride, chosen.data = self.batch, size, data.data
         chosen.status, chosen.select = self.status.data(), select
         with nogil:
-            if sharing > 1:
-                solve_batch(self.kernels[0], self.symbolic.tree, team.schedule.get()[0], chosen, batch, width,
+            if together:
+                solve_interleaved(self.by[0], self.symbolic.tree, team.schedule.get()[0], chosen, batch, width,
+                                  locals.data(), sides.data(), sharing)
+            elif sharing > 1:
+                solve_batch(kernels[0], self.symbolic.tree, team.schedule.get()[0], chosen, batch, width,
                             locals.data(), sharing)
             else:
                 for p in range(count):
@@ -573,9 +657,7 @@ cdef class Storage:
                     if self.status[f]:
                         memset(<char*> x + p * stride, 0xff, stride)  # a NaN in every scalar type
                     else:
-                        c_solve(self.kernels[0], self.symbolic.tree, team.schedule.get()[0],
-                                <const char*> self.factor.data + f * size, <const char*> b + p * stride,
-                                <char*> x + p * stride, width, workspace.local.data,
-                                <int32_t*> workspace.queue.data, team.threads)
-        idle.append(workspace)
-        idle += others
+                        c_solve(kernels[0], self.symbolic.tree, team.schedule.get()[0],
+                                <const char*> chosen.data + f * size, <const char*> b + p * stride,
+                                <char*> x + p * stride, width, locals[0], queue, team.threads)
+        team.idle_solve[layout] += workspaces

@@ -268,20 +268,39 @@ cdef class Entries:
             raise ValueError("entries are not paired, or the values have another length")
         return 0
 
+    cdef void measure(self, const char* values, int dtype, bool hermitian, double* difference, double* largest) noexcept nogil:
+        if dtype == 0:
+            c_asymmetry[float](self.pairs, hermitian, <const float*> values, difference, largest)
+        elif dtype == 1:
+            c_asymmetry[double](self.pairs, hermitian, <const double*> values, difference, largest)
+        elif dtype == 2:
+            c_asymmetry[c64](self.pairs, hermitian, <const c64*> values, difference, largest)
+        else:
+            c_asymmetry[c128](self.pairs, hermitian, <const c128*> values, difference, largest)
+
     def asymmetry(self, uintptr_t values, int64_t nnz, int dtype, bool hermitian):
         """(largest |a_ij - a_ji|, largest |a_ij|) on summed entries; conjugated where hermitian."""
         cdef double difference = 0, largest = 0
         self.check(nnz)
         with nogil:
-            if dtype == 0:
-                c_asymmetry[float](self.pairs, hermitian, <const float*> values, &difference, &largest)
-            elif dtype == 1:
-                c_asymmetry[double](self.pairs, hermitian, <const double*> values, &difference, &largest)
-            elif dtype == 2:
-                c_asymmetry[c64](self.pairs, hermitian, <const c64*> values, &difference, &largest)
-            else:
-                c_asymmetry[c128](self.pairs, hermitian, <const c128*> values, &difference, &largest)
+            self.measure(<const char*> values, dtype, hermitian, &difference, &largest)
         return difference, largest
+
+    def asymmetric(self, uintptr_t values, int64_t batch, int64_t nnz, int dtype, bool hermitian, double allowed):
+        """(e, *asymmetry) of the first matrix e of values [batch, nnz] whose difference exceeds allowed times its largest
+        entry; None where there is none."""
+        cdef double difference = 0, largest = 0
+        cdef int64_t e, size = nnz * (4, 8, 8, 16)[dtype]
+        cdef bool found = False
+        self.check(nnz)
+        with nogil:
+            for e in range(batch):
+                difference = largest = 0
+                self.measure(<const char*> values + e * size, dtype, hermitian, &difference, &largest)
+                found = difference > allowed * largest
+                if found:
+                    break
+        return (e, difference, largest) if found else None
 
     def positive_hermitian(self, uintptr_t values, int64_t nnz, int dtype, double tolerance):
         """Whether a_ii > 0 and |a_ij - conj(a_ji)| <= tolerance * sqrt(a_ii a_jj), on summed entries."""

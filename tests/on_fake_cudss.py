@@ -61,7 +61,7 @@ class OnFake(Factorizer):
 
 def pytest_configure(config):
     path = os.environ["SPCACHE_CUDSS"]  # which tests do not see
-    cudss._find = lambda cuda: path
+    cudss._path = lambda cuda: path
     cudss.Device = HostDevice
     system.Factorizer = OnFake
     # the table of cases names the engines of the CPU

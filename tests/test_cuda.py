@@ -352,7 +352,7 @@ def test_arguments_on_two_devices():
 
 def test_without_cudss(monkeypatch):
     monkeypatch.delenv("SPCACHE_CUDSS", raising=False)
-    monkeypatch.setattr(cudss, "_find", lambda cuda: "/nowhere/libcudss.so.1")
+    monkeypatch.setattr(cudss, "_path", lambda cuda: "/nowhere/libcudss.so.1")
     remedy = (
         r"pip install 'spcache\[cuda1\d\]', or pass cuda='host' to SparseSystem to factorize CUDA tensors on the CPU"
     )

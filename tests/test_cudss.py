@@ -38,7 +38,7 @@ def path(tmp_path_factory):
 @pytest.fixture
 def lib(path, monkeypatch):
     """The counters of the library that every system uses; nothing may be alive, or misused, after a test."""
-    monkeypatch.setattr(cudss, "_find", lambda cuda: path)
+    monkeypatch.setattr(cudss, "_path", lambda cuda: path)
     monkeypatch.setattr(cudss, "Device", on_fake_cudss.HostDevice)
     monkeypatch.setattr(system, "Factorizer", on_fake_cudss.OnFake)
     monkeypatch.setattr(on_fake_cudss.HostDevice, "now", 0)
@@ -286,10 +286,10 @@ def test_an_error_of_the_allocator_is_the_one_raised(lib, monkeypatch):
 def test_without_cudss_the_error_says_what_to_install(lib, monkeypatch):
     problem = make(SPD, 6)
     with monkeypatch.context() as patch:
-        patch.setattr(cudss, "_find", lambda cuda: "/nowhere/libcudss.so.1")
+        patch.setattr(cudss, "_path", lambda cuda: "/nowhere/libcudss.so.1")
         with pytest.raises(EngineUnavailableError, match=r"not found.*pip install 'spcache\[cuda1\d\]'.*cuda='host'"):
             problem.system().solve(problem.values, problem.rhs(6))
-        patch.setattr(cudss, "_find", lambda cuda: "libc.so.6")
+        patch.setattr(cudss, "_path", lambda cuda: "libc.so.6")
         with pytest.raises(EngineUnavailableError, match=r"lacks cudssGetProperty"):
             problem.system().solve(problem.values, problem.rhs(6))
     monkeypatch.setenv("FAKECUDSS_VERSION", "0.8.0")

@@ -105,6 +105,48 @@ def test_big_front(simd, dtype, monkeypatch):
 
 
 @every_level
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_matrices_side_by_side(simd, dtype, threads, monkeypatch):
+    """Batches of small matrices: full groups, a rest, one more, too few; each fails alone, at its own pivot."""
+    monkeypatch.setenv("SPCACHE_SIMD", simd)
+    width = {"baseline": 16, "avx2": 32, "avx512": 64}[simd] // dtype.itemsize
+    stored = Driver(problem_of(two_children(5, 4), dtype), "natural").plan._native.stored
+    for batch in (width - 1, width, width + 1, 3 * width + 2, 300):
+        driver = Driver(problem_of(two_children(5, 4), dtype, seed=batch, batch=batch), "natural")
+        storage = driver.factorize(threads=threads)
+        rounded = batch if batch < width else -(-batch // width) * width
+        assert rounded * stored * dtype.itemsize <= storage.factor.nbytes < rounded * stored * dtype.itemsize + 128
+        check(driver, storage, (1, 2, 5), threads)
+        values, (i, j) = driver.values.copy(), driver.problem.indices.numpy()
+        bad = {0: 3, batch - 1: 13, batch // 2: 0}
+        for e, pivot in bad.items():
+            values[e, (i == pivot) & (j == pivot)] = -1
+        before = driver.solve(storage, driver.rhs(batch, driver.n, 2))
+        driver.factorize(values, storage, threads=threads)
+        failures = storage.failures()
+        assert {e: f.column for e, f in enumerate(failures) if f} == bad
+        after = driver.solve(storage, driver.rhs(batch, driver.n, 2))
+        good = [e for e in range(batch) if e not in bad]
+        assert np.array_equal(before[good], after[good]) and np.isnan(after[list(bad)]).all()
+
+
+def test_side_by_side_for_other_right_hand_sides():
+    """Right-hand sides that do not go with the batch one by one: the factors are taken apart, once."""
+    problem = problem_of(two_children(5, 4), torch.float64, batch=40)
+    system = problem.system()
+    factor = system.factorize(problem.values)
+    A, b = problem.matrix(problem.values), problem.rhs(3, 40, problem.n, 2)
+    x = factor.solve(b)
+    for k in range(3):
+        torch.testing.assert_close(x[k], torch.linalg.solve(A, b[k]))
+    torch.testing.assert_close(factor.solve(b[0]), x[0], rtol=1e-13, atol=1e-13)
+    system.factorize(2 * problem.values)
+    torch.testing.assert_close(factor.solve(b), x, rtol=0, atol=0)
+    torch.testing.assert_close(system.factorize(2 * problem.values).solve(b), x / 2, rtol=1e-13, atol=1e-13)
+
+
+@every_level
 def test_levels_agree(simd, monkeypatch):
     """The same factor to rounding: what a laptop computes is what a server computes."""
     problem = make(SPD, 300, (1,), density=0.02)

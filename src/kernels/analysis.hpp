@@ -53,11 +53,12 @@ struct Plan {
                                      // where the entry is stored through its mirror image
 };
 
-// Who factors which supernodes, and where update matrices lie meanwhile. Tasks are subtrees, and single fronts above them,
-// and done by whoever is free as soon as their children are. What is left comes last, front by front: from the first
-// large front upwards, which all threads factor together. Inside a subtree, and above the tasks, update matrices live on
-// two stacks, those of even depth on one, of odd depth on the other, so that children never lie where their parent is
-// built. A task's root leaves its update matrix in memory of its own. The arithmetic does not depend on the schedule.
+// Who factors which supernodes, and where update matrices lie meanwhile. Tasks are subtrees (small ones of one parent
+// together) and single fronts above them, done by whoever is free as soon as their children are. What is left comes last,
+// front by front: from the first large front upwards, which all threads factor together. Inside a subtree, and above the
+// tasks, update matrices live on two stacks, those of even depth on one, of odd depth on the other, so that children never
+// lie where their parent is built. A subtree's root leaves its update matrix in memory of its own, so does a front that is
+// a task. The arithmetic does not depend on the schedule.
 struct Schedule {
   Schedule(const Plan& plan, int threads);
   // How many of `threads` share the matrices of a batch, or solves with so many numbers of factors, one matrix each.
@@ -110,6 +111,12 @@ struct Factors {
 // local are [threads] with nothing shared.
 void factorize_batch(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const Assembly& assembly,
                      const Batch& batch, int64_t* status, const Scratch* scratch, int threads);
+// The same for groups of matrices side by side. Scratch and local are those of the interleaved kernels, `side` is [threads]
+// memory for one group's values, or for its b and x.
+void factorize_interleaved(const Interleaving& by, const Tree& tree, const Schedule& schedule, const Assembly& assembly,
+                           const Batch& batch, int64_t* status, const Scratch* scratch, void* const* side, int threads);
+void solve_interleaved(const Interleaving& by, const Tree& tree, const Schedule& schedule, const Factors& factors,
+                       const Batch& batch, int64_t width, void* const* local, void* const* side, int threads);
 void solve_batch(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const Factors& factors,
                  const Batch& batch, int64_t width, void* const* local, int threads);
 

@@ -82,6 +82,20 @@ struct Kernels {
   int64_t (*pack_size)(int64_t largest_front);  // elements of Scratch::pack
 };
 
+// The same for matrices of a batch side by side, `width` to a group: element i of matrix l of a group is number
+// i * width + l. Numbers of `kernels` are `width` numbers, their values, factors, b and x come interleaved.
+struct Interleaving {
+  const Kernels* kernels;
+  int32_t width;
+  void (*interleave)(const void* const* from, int64_t count, void* to);            // from [width], each [count]
+  void (*separate)(const void* from, int64_t count, void* const* to, int lanes);  // to [lanes], each [count]
+  void (*failures)(const Tree&, const void* factor, int64_t* status);             // as `factorize` returns, [width]
+};
+
+const Interleaving* interleaving_baseline(Dtype);  // null where there is none: complex numbers
+const Interleaving* interleaving_avx2(Dtype);
+const Interleaving* interleaving_avx512(Dtype);
+
 const Kernels* kernels_baseline(Dtype);
 const Kernels* kernels_avx2(Dtype);
 const Kernels* kernels_avx512(Dtype);

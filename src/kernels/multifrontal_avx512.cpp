@@ -1,3 +1,4 @@
 #include "multifrontal_impl.hpp"
 
 const spcache::Kernels* spcache::kernels_avx512(Dtype dtype) { return choose(dtype); }
+const spcache::Interleaving* spcache::interleaving_avx512(Dtype dtype) { return choose_interleaving(dtype); }

@@ -1,6 +1,7 @@
 // Schedules of the assembly tree, and the threads that follow them.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <queue>
 
@@ -16,6 +17,7 @@ constexpr int64_t PARALLEL_SOLVE_FROM = 1 << 17;  // numbers in the factor
 
 constexpr int64_t SHARE_FROM = 480;  // rows of a front that threads share
 constexpr int PIECES = 8;            // pieces of work for each thread, at least
+constexpr int MOST_LANES = 64;       // matrices side by side
 constexpr int MOST_SPLITS = 64;      // for each thread
 
 // Time of one front, in units of a multiply-add at full speed: elimination, assembly of the update matrix, overhead.
@@ -100,18 +102,40 @@ Schedule::Schedule(const Plan& plan, int threads) {
     update[root] = ~shared_size;
     shared_size += u * u;
   };
-  int subtrees = 0;
-  for (; !largest.empty(); largest.pop(), subtrees++) {
-    const int32_t root = largest.top().second, begin = lowest[root];
-    tasks.push_back({begin, root + 1, -1, 0});
-    TwoStacks stacks(plan);
-    for (int32_t s = begin; s < root; s++) update[s] = stacks.push(s, [](int32_t) { return true; });
-    for (int32_t s = begin; s < root; s++)
-      if (plan.depth[s] & 1) update[s] += stacks.peak(0);
-    own_size = std::max(own_size, stacks.peak(0) + stacks.peak(1));
-    own_memory(root);
+  struct Piece {
+    double work;
+    std::vector<int32_t> roots;  // of small subtrees side by side
+  };
+  std::vector<int32_t> roots;
+  for (; !largest.empty(); largest.pop()) roots.push_back(largest.top().second);
+  std::sort(roots.begin(), roots.end());
+  std::vector<Piece> pieces;
+  const double small = threads > 1 ? total / (4 * PIECES * threads) : HUGE_VAL;
+  for (int32_t root : roots) {
+    const int32_t before = pieces.empty() ? -1 : pieces.back().roots.back();
+    if (before >= 0 && before + 1 == lowest[root] && plan.parent[before] == plan.parent[root] &&
+        pieces.back().work + work[root] <= small) {
+      pieces.back().work += work[root];
+      pieces.back().roots.push_back(root);
+    } else {
+      pieces.push_back({work[root], {root}});
+    }
   }
-  useful = std::max(1, std::min(threads, subtrees));
+  std::sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) {
+    return a.work != b.work ? a.work > b.work : a.roots[0] < b.roots[0];
+  });
+  for (const Piece& piece : pieces) {
+    tasks.push_back({lowest[piece.roots[0]], piece.roots.back() + 1, -1, 0});
+    for (int32_t root : piece.roots) {
+      TwoStacks stacks(plan);
+      for (int32_t s = lowest[root]; s < root; s++) update[s] = stacks.push(s, [](int32_t) { return true; });
+      for (int32_t s = lowest[root]; s < root; s++)
+        if (plan.depth[s] & 1) update[s] += stacks.peak(0);
+      own_size = std::max(own_size, stacks.peak(0) + stacks.peak(1));
+      own_memory(root);
+    }
+  }
+  useful = std::max(1, std::min(threads, int(pieces.size())));
   std::vector<bool> last(count, false);
   TwoStacks stacks(plan);
   for (int32_t s = 0; s < count; s++) {
@@ -128,7 +152,9 @@ Schedule::Schedule(const Plan& plan, int threads) {
     tasks.push_back({s, s + 1, -1, 0});
     own_memory(s);
     for (int32_t c = plan.child[s]; c < plan.child[s + 1]; c++) {
-      tasks[task_of[plan.children[c]]].parent = task_of[s];
+      Task& below = tasks[task_of[plan.children[c]]];
+      if (below.parent == task_of[s]) continue;  // a piece of several subtrees
+      below.parent = task_of[s];
       tasks.back().children++;
     }
   }
@@ -204,6 +230,52 @@ void factorize_batch(const Kernels& kernels, const Tree& tree, const Schedule& s
   share(batch.count, threads, [&](int64_t e, int thread) {
     status[e] = factorize(kernels, tree, schedule, assembly, static_cast<const char*>(batch.from) + e * batch.from_stride,
                           static_cast<char*>(batch.to) + e * batch.to_stride, scratch + thread, 1);
+  });
+}
+
+namespace {
+
+// Calls work(first, lanes, from, to, thread) for groups of `width` matrices; `from` and `to` have the addresses of each,
+// the last again for lanes beyond the batch.
+template <class Work>
+void share_groups(const Batch& batch, int64_t width, int threads, Work work) {
+  share((batch.count + width - 1) / width, threads, [&](int64_t g, int thread) {
+    const void* from[MOST_LANES];
+    void* to[MOST_LANES];
+    const int64_t first = g * width;
+    for (int64_t l = 0; l < width; l++) {
+      const int64_t e = std::min(first + l, batch.count - 1);
+      from[l] = static_cast<const char*>(batch.from) + e * batch.from_stride;
+      to[l] = static_cast<char*>(batch.to) + e * batch.to_stride;
+    }
+    work(first, int(std::min(width, batch.count - first)), from, to, thread);
+  });
+}
+
+}  // namespace
+
+void factorize_interleaved(const Interleaving& by, const Tree& tree, const Schedule& schedule, const Assembly& assembly,
+                           const Batch& batch, int64_t* status, const Scratch* scratch, void* const* side, int threads) {
+  share_groups(batch, by.width, threads, [&](int64_t first, int lanes, const void** from, void** to, int thread) {
+    int64_t found[MOST_LANES];
+    by.interleave(from, assembly.nnz, side[thread]);
+    factorize(*by.kernels, tree, schedule, assembly, side[thread], to[0], scratch + thread, 1);
+    by.failures(tree, to[0], found);
+    std::copy(found, found + lanes, status + first);
+  });
+}
+
+void solve_interleaved(const Interleaving& by, const Tree& tree, const Schedule& schedule, const Factors& factors,
+                       const Batch& batch, int64_t width, void* const* local, void* const* side, int threads) {
+  const int64_t count = tree.n * width, bytes = batch.from_stride;
+  share_groups(batch, by.width, threads, [&](int64_t first, int lanes, const void** from, void** to, int thread) {
+    char *b = static_cast<char*>(side[thread]), *x = b + bytes * by.width;
+    by.interleave(from, count, b);
+    solve(*by.kernels, tree, schedule, static_cast<const char*>(factors.data) + first * factors.stride, b, x, width,
+          local[thread], nullptr, 1);
+    by.separate(x, count, to, lanes);
+    for (int l = 0; l < lanes; l++)
+      if (factors.status[first + l]) memset(to[l], 0xff, size_t(bytes));
   });
 }
 

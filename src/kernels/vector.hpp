@@ -85,6 +85,20 @@ template <class T> inline __attribute__((always_inline)) T sum(V<T> v) {
     return total;
   }
 }
+// The square root of each lane.
+template <class X>
+inline X square_roots(X v) {
+  for (size_t l = 0; l < sizeof v / sizeof v[0]; l++) v[l] = square_root(v[l]);
+  return v;
+}
+#if defined(__AVX512F__)
+template <> inline V<double> square_roots(V<double> v) { return (V<double>)_mm512_sqrt_pd((__m512d)v); }
+template <> inline V<float> square_roots(V<float> v) { return (V<float>)_mm512_sqrt_ps((__m512)v); }
+#elif defined(__AVX2__)
+template <> inline V<double> square_roots(V<double> v) { return (V<double>)_mm256_sqrt_pd((__m256d)v); }
+template <> inline V<float> square_roots(V<float> v) { return (V<float>)_mm256_sqrt_ps((__m256)v); }
+#endif
+
 // The sums of C vectors.
 template <class T, int C> inline __attribute__((always_inline)) void sums(const V<T> (&v)[C], T* out) {
   for (int c = 0; c < C; c++) out[c] = sum<T>(v[c]);
