@@ -31,17 +31,18 @@ cdef extern from *:
     #endif
     // Large blocks in huge pages, where the system has them for who asks: a solve reads all of a factor once, and finds
     // a page's address more slowly than what is in it.
-    static void* allocate(size_t size) {
-      const size_t huge = size_t(1) << 21;
-      if (size < 4 * huge) return aligned_alloc(64, size);
-      void* memory = aligned_alloc(huge, (size + huge - 1) / huge * huge);
+    static const int64_t HUGE_PAGE = int64_t(1) << 21;
+    static void* allocate(int64_t* size) {
+      const int64_t page = *size < 4 * HUGE_PAGE ? 64 : HUGE_PAGE;
+      *size = (*size + page - 1) / page * page;
+      void* memory = aligned_alloc(size_t(page), size_t(*size));
     #if defined(MADV_HUGEPAGE)
-      if (memory) madvise(memory, size, MADV_HUGEPAGE);
+      if (memory && page == HUGE_PAGE) madvise(memory, size_t(*size), MADV_HUGEPAGE);
     #endif
       return memory;
     }
     """
-    void* allocate(size_t size) nogil
+    void* allocate(int64_t* size) nogil
 
 cdef extern from "kernels/multifrontal.hpp" namespace "spcache" nogil:
     ctypedef int Dtype
@@ -291,8 +292,8 @@ cdef class Memory:
     cdef readonly int64_t nbytes
 
     def __cinit__(self, int64_t nbytes):
-        self.nbytes = (nbytes + 63) // 64 * 64 + 64
-        self.data = allocate(self.nbytes)
+        self.nbytes = nbytes + 64
+        self.data = allocate(&self.nbytes)
         if self.data == NULL:
             raise MemoryError(f"cannot allocate {nbytes} bytes for a factor")
 

@@ -261,7 +261,8 @@ cdef class Entries:
     def nbytes(self):
         """Memory of what `pair` prepared; rows and columns belong to the caller."""
         return 8 * self.begin.capacity() + 4 * (
-            self.source.capacity() + self.row.capacity() + self.column.capacity() + self.diagonal.capacity())
+            self.source.capacity() + self.row.capacity() + self.column.capacity() + self.diagonal.capacity()
+            + self.lower.capacity() + self.upper.capacity())
 
     cdef int check(self, int64_t nnz) except -1:
         if not self.paired or nnz != self.pairs.nnz:

@@ -64,6 +64,11 @@ enum Part : int32_t {
   FINISH_REST,   // adds what the children leave for columns begin .. end of the update matrix
 };
 
+// The same for the solve with one large front and one right-hand side: upwards gather; each block of pivots forward, the
+// pivots, then their part of rows begin .. end below the block. Downwards inherit; from the last block backward, first the part of
+// the rows below the block, for pivots begin .. end of it; scatter.
+enum SolvePart : int32_t { GATHER, FORWARD_PIVOTS, FORWARD_ROWS, INHERIT, BACKWARD_ROWS, BACKWARD_PIVOTS, SCATTER };
+
 struct Kernels {
   // Factors the supernodes begin .. end of one matrix into `factor` [Tree::panel[supernodes]], their children being
   // factored. Returns 0, or 1 + the pivot number that is not positive.
@@ -78,6 +83,9 @@ struct Kernels {
   // of the forward phase is done, backward (downwards, parents first). At most `lanes` right-hand sides; `local` is
   // scratch memory, lanes * (n + Tree::row[supernodes]) elements aligned to 64 bytes, that threads share.
   void (*solve)(const Tree&, const void* factor, const Rhs&, bool downwards, int32_t begin, int32_t end, void* local);
+  void (*solve_part)(SolvePart, const Tree&, const void* factor, const Rhs&, int32_t s, int64_t J, int64_t begin,
+                     int64_t end, void* local);
+  int64_t solve_block, large_panel;          // pivots of a block; numbers of a panel that is large, 0: none is
   int32_t lanes;                             // right-hand sides that `solve` takes at once
   int64_t (*pack_size)(int64_t largest_front);  // elements of Scratch::pack
 };

@@ -56,7 +56,8 @@ int64_t pack_size(int64_t rows) {
 }
 
 template <class T>
-constexpr Kernels kernels_of = {factorize<T>, assemble_values<T>, part<T>, BLOCK, W<T> == 1 ? 0 : SHARE, solve<T>, MANY * W<T>,
+constexpr Kernels kernels_of = {factorize<T>, assemble_values<T>, part<T>, BLOCK, W<T> == 1 ? 0 : SHARE, solve<T>,
+                                solve_part<T>, SOLVE_BLOCK, W<T> == 1 ? 0 : LARGE_PANEL, MANY * W<T>,
                                 pack_size<T>};
 
 // Per lane 0, or 1 + the first pivot that is not positive: its reciprocal root is NaN.

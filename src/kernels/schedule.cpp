@@ -201,6 +201,37 @@ int64_t factorize_together(const Kernels& kernels, const Tree& tree, const Assem
   return 0;
 }
 
+// One phase of the solve for one front, by all threads.
+void solve_together(const Kernels& kernels, const Tree& tree, const void* factor, const Rhs& rhs, bool downwards, int32_t s,
+                    void* local, const Crew& crew) {
+  const int64_t k = tree.first[s + 1] - tree.first[s], m = k + tree.row[s + 1] - tree.row[s], block = kernels.solve_block;
+  if (crew.size() == 1 || rhs.count > 1 || !kernels.large_panel || m * k < kernels.large_panel)
+    return kernels.solve(tree, factor, rhs, downwards, s, s + 1, local);
+  auto part = [&](SolvePart what, int64_t J, int64_t begin, int64_t end) {
+    kernels.solve_part(what, tree, factor, rhs, s, J, begin, end, local);
+  };
+  auto together = [&](SolvePart what, int64_t J, int64_t begin, int64_t end) {
+    const int64_t size = ((end - begin) / crew.size() + 16) / 16 * 16;
+    crew.share((end - begin + size - 1) / size, [&](int64_t i, int) {
+      part(what, J, begin + i * size, std::min(begin + (i + 1) * size, end));
+    });
+  };
+  if (!downwards) {
+    part(GATHER, 0, 0, 0);
+    for (int64_t J = 0; J < k; J += block) {
+      part(FORWARD_PIVOTS, J, 0, 0);
+      together(FORWARD_ROWS, J, std::min(J + block, k), m);
+    }
+  } else {
+    part(INHERIT, 0, 0, 0);
+    for (int64_t J = (k - 1) / block * block; J >= 0; J -= block) {
+      if (std::min(J + block, k) < m) together(BACKWARD_ROWS, J, J, std::min(J + block, k));
+      part(BACKWARD_PIVOTS, J, 0, 0);
+    }
+    part(SCATTER, 0, 0, 0);
+  }
+}
+
 }  // namespace
 
 int64_t factorize(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const Assembly& assembly,
@@ -305,9 +336,9 @@ void solve(const Kernels& kernels, const Tree& tree, const Schedule& schedule, c
       });
     };
     tasks(false);
-    for (int32_t s : schedule.top) kernels.solve(tree, factor, rhs, false, s, s + 1, local);
+    for (int32_t s : schedule.top) solve_together(kernels, tree, factor, rhs, false, s, local, crew);
     for (auto s = schedule.top.rbegin(); s != schedule.top.rend(); ++s)
-      kernels.solve(tree, factor, rhs, true, *s, *s + 1, local);
+      solve_together(kernels, tree, factor, rhs, true, *s, local, crew);
     tasks(true);
   }
 }

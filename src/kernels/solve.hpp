@@ -63,8 +63,7 @@ inline void backward_columns(const T* P, int64_t m, int64_t ld, T* w) {
 }
 
 template <class T>
-void forward_one(const T* P, int64_t m, int64_t k, T* w) {
-  const int64_t ld = m;
+inline __attribute__((always_inline)) void forward_one(const T* P, int64_t m, int64_t k, int64_t ld, T* w) {
   for (; k > 4; k -= 4, m -= 4, P += 4 + 4 * ld, w += 4) forward_columns<T, 4>(P, m, ld, w);
   switch (k) {
     case 1: return forward_columns<T, 1>(P, m, ld, w);
@@ -75,16 +74,88 @@ void forward_one(const T* P, int64_t m, int64_t k, T* w) {
 }
 
 template <class T>
-void backward_one(const T* P, int64_t m, int64_t k, T* w) {
+inline __attribute__((always_inline)) void backward_one(const T* P, int64_t m, int64_t k, int64_t ld, T* w) {
   int64_t j = (k - 1) / 4 * 4;
-  auto at = [=](int64_t j) { return P + j + j * m; };
+  auto at = [=](int64_t j) { return P + j + j * ld; };
   switch (k - j) {
-    case 1: backward_columns<T, 1>(at(j), m - j, m, w + j); break;
-    case 2: backward_columns<T, 2>(at(j), m - j, m, w + j); break;
-    case 3: backward_columns<T, 3>(at(j), m - j, m, w + j); break;
-    default: backward_columns<T, 4>(at(j), m - j, m, w + j);
+    case 1: backward_columns<T, 1>(at(j), m - j, ld, w + j); break;
+    case 2: backward_columns<T, 2>(at(j), m - j, ld, w + j); break;
+    case 3: backward_columns<T, 3>(at(j), m - j, ld, w + j); break;
+    default: backward_columns<T, 4>(at(j), m - j, ld, w + j);
   }
-  for (j -= 4; j >= 0; j -= 4) backward_columns<T, 4>(at(j), m - j, m, w + j);
+  for (j -= 4; j >= 0; j -= 4) backward_columns<T, 4>(at(j), m - j, ld, w + j);
+}
+
+// Large fronts go block by block of pivots, so that threads can share what is outside of the diagonal blocks.
+constexpr int64_t LARGE_PANEL = 1 << 17;  // numbers of a panel
+constexpr int64_t SOLVE_BLOCK = 128;      // pivots
+
+// w[i] -= L[i, 0 .. columns] y, for rows begin .. end of the columns P.
+template <class T>
+void forward_rows(const T* P, int64_t ld, int64_t columns, const T* y, int64_t begin, int64_t end, T* w) {
+  auto pass = [&](auto four, int64_t c) {
+    constexpr int C = decltype(four)::value ? 4 : 1;
+    V<T> v[C];
+    UNROLL for (int q = 0; q < C; q++) v[q] = broadcast(y[c + q]);
+    auto update = [&](auto load, int64_t i) __attribute__((always_inline)) {
+      V<T> x = load(w + i);
+      UNROLL for (int q = 0; q < C; q++) x -= load(P + i + (c + q) * ld) * v[q];
+      return x;
+    };
+    int64_t i = begin;
+    for (; i + W<T> <= end; i += W<T>) store(w + i, update([](const T* p) { return load(p); }, i));
+    if (i < end) {
+      const int rest = int(end - i);
+      store_part(w + i, update([=](const T* p) { return load_part(p, rest); }, i), rest);
+    }
+  };
+  int64_t c = 0;
+  for (; c + 4 <= columns; c += 4) pass(std::true_type(), c);
+  for (; c < columns; c++) pass(std::false_type(), c);
+}
+
+// w[c] -= L[first .. m, c]^H w[first .. m], for columns begin .. end of P.
+template <class T>
+void backward_rows(const T* P, int64_t m, int64_t ld, int64_t first, int64_t begin, int64_t end, T* w) {
+  auto pass = [&](auto four, int64_t c) {
+    constexpr int C = decltype(four)::value ? 4 : 1;
+    V<T> total[C];
+    UNROLL for (int q = 0; q < C; q++) total[q] = broadcast(T(0));
+    auto add = [&](auto load, int64_t i) __attribute__((always_inline)) {
+      const V<T> x = load(w + i);
+      UNROLL for (int q = 0; q < C; q++) total[q] += load(P + i + (c + q) * ld) * x;
+    };
+    int64_t i = first;
+    for (; i + W<T> <= m; i += W<T>) add([](const T* p) { return load(p); }, i);
+    const int rest = int(m - i);
+    if (rest > 0) add([=](const T* p) { return load_part(p, rest); }, i);
+    T y[C];
+    sums<T>(total, y);
+    UNROLL for (int q = 0; q < C; q++) w[c + q] -= y[q];
+  };
+  int64_t c = begin;
+  for (; c + 4 <= end; c += 4) pass(std::true_type(), c);
+  for (; c < end; c++) pass(std::false_type(), c);
+}
+
+template <class T>
+void forward_front(const T* P, int64_t m, int64_t k, T* w) {
+  if (m * k < LARGE_PANEL) return forward_one(P, m, k, m, w);
+  for (int64_t J = 0; J < k; J += SOLVE_BLOCK) {
+    const int64_t kb = k - J < SOLVE_BLOCK ? k - J : SOLVE_BLOCK;
+    forward_one(P + J + J * m, kb, kb, m, w + J);
+    forward_rows(P + J * m, m, kb, w + J, J + kb, m, w);
+  }
+}
+
+template <class T>
+void backward_front(const T* P, int64_t m, int64_t k, T* w) {
+  if (m * k < LARGE_PANEL) return backward_one(P, m, k, m, w);
+  for (int64_t J = (k - 1) / SOLVE_BLOCK * SOLVE_BLOCK; J >= 0; J -= SOLVE_BLOCK) {
+    const int64_t kb = k - J < SOLVE_BLOCK ? k - J : SOLVE_BLOCK;
+    backward_rows(P, m, m, J + kb, J, J + kb, w);
+    backward_one(P + J + J * m, kb, kb, m, w + J);
+  }
 }
 
 // --- N vectors of right-hand sides (complex numbers: N numbers): vectors run along the right-hand sides ---
@@ -204,8 +275,8 @@ struct One {
   static constexpr int size = 1;
   static void load(const T* row, int64_t, Row* w) { *w = *row; }
   static void store(const Row* w, int64_t, T* row) { *row = *w; }
-  static void forward(const T* P, int64_t m, int64_t k, Row* w) { forward_one(P, m, k, w); }
-  static void backward(const T* P, int64_t m, int64_t k, Row* w) { backward_one(P, m, k, w); }
+  static void forward(const T* P, int64_t m, int64_t k, Row* w) { forward_front(P, m, k, w); }
+  static void backward(const T* P, int64_t m, int64_t k, Row* w) { backward_front(P, m, k, w); }
 };
 template <class T, int N>
 struct Many {
@@ -225,47 +296,92 @@ inline void prefetch(const T* begin, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(begin + i);
 }
 
+// The rows of front s before its forward elimination, and before its backward substitution; and what comes of that.
+template <class How, class T>
+struct Local {
+  using Row = typename How::Row;
+  static constexpr int N = How::size;
+  const Tree& t;
+  const Rhs& rhs;
+  Row* const local;
+
+  Row* rows_of(int32_t s) const { return local + (t.row[s] + t.first[s]) * N; }
+  void gather(int32_t s) const {
+    const int64_t f = t.first[s], k = t.first[s + 1] - f, m = k + t.row[s + 1] - t.row[s];
+    const T* b = static_cast<const T*>(rhs.b) + rhs.offset;
+    Row* w = rows_of(s);
+    for (int64_t i = 0; i < k; i++) How::load(b + int64_t(t.perm[f + i]) * rhs.width, rhs.count, w + i * N);
+    for (int64_t i = k * N; i < m * N; i++) w[i] = Row{};
+    for (int32_t e = t.child[s]; e < t.child[s + 1]; e++) {
+      const int32_t c = t.children[e];
+      const int32_t* to = t.relative + t.row[c];
+      const int64_t count = t.row[c + 1] - t.row[c];
+      const Row* passed = rows_of(c) + (t.first[c + 1] - t.first[c]) * N;
+      for (int64_t i = 0; i < count; i++)
+        for (int v = 0; v < N; v++) w[to[i] * N + v] += passed[i * N + v];
+    }
+  }
+  void inherit(int32_t s) const {
+    const int64_t k = t.first[s + 1] - t.first[s], u = t.row[s + 1] - t.row[s];
+    if (!u) return;
+    Row* w = rows_of(s) + k * N;
+    const Row* parent = rows_of(t.parent[s]);
+    const int32_t* from = t.relative + t.row[s];
+    for (int64_t i = 0; i < u; i++)
+      for (int v = 0; v < N; v++) w[i * N + v] = parent[from[i] * N + v];
+  }
+  void scatter(int32_t s) const {
+    const int64_t f = t.first[s], k = t.first[s + 1] - f;
+    T* x = static_cast<T*>(rhs.x) + rhs.offset;
+    const Row* w = rows_of(s);
+    for (int64_t i = 0; i < k; i++) How::store(w + i * N, rhs.count, x + int64_t(t.perm[f + i]) * rhs.width);
+  }
+};
+
 template <class How, class T>
 void solve_fronts(const Tree& t, const T* L, const Rhs& rhs, bool downwards, int32_t begin, int32_t end,
-                  typename How::Row* local) {
-  constexpr int N = How::size;
-  const int64_t width = rhs.width, ahead = FETCH / int64_t(sizeof(T));
+                  typename How::Row* memory) {
+  const Local<How, T> local{t, rhs, memory};
+  const int64_t ahead = FETCH / int64_t(sizeof(T));
   const bool far = t.panel[t.supernodes] * int64_t(sizeof(T)) > FETCH_FROM;
-  auto rows_of = [&](int32_t s) { return local + (t.row[s] + t.first[s]) * N; };
-  if (!downwards) {
-    const T* b = static_cast<const T*>(rhs.b) + rhs.offset;
-    for (int32_t s = begin; s < end; s++) {
-      const int64_t f = t.first[s], k = t.first[s + 1] - f, u = t.row[s + 1] - t.row[s], m = k + u;
-      const T* P = L + t.panel[s];
-      if (far) prefetch(P + ahead, m * k);
-      auto* w = rows_of(s);
-      for (int64_t i = 0; i < k; i++) How::load(b + int64_t(t.perm[f + i]) * width, rhs.count, w + i * N);
-      for (int64_t i = k * N; i < m * N; i++) w[i] = typename How::Row{};
-      for (int32_t e = t.child[s]; e < t.child[s + 1]; e++) {
-        const int32_t c = t.children[e];
-        const int32_t* to = t.relative + t.row[c];
-        const int64_t count = t.row[c + 1] - t.row[c];
-        const auto* passed = rows_of(c) + (t.first[c + 1] - t.first[c]) * N;
-        for (int64_t i = 0; i < count; i++)
-          for (int v = 0; v < N; v++) w[to[i] * N + v] += passed[i * N + v];
-      }
-      How::forward(P, m, k, w);
-    }
-  } else {
-    T* x = static_cast<T*>(rhs.x) + rhs.offset;
+  auto rows = [&](int32_t s) { return t.first[s + 1] - t.first[s] + t.row[s + 1] - t.row[s]; };
+  if (downwards)
     for (int32_t s = end - 1; s >= begin; s--) {
-      const int64_t f = t.first[s], k = t.first[s + 1] - f, u = t.row[s + 1] - t.row[s], m = k + u;
+      const int64_t k = t.first[s + 1] - t.first[s], m = rows(s);
       const T* P = L + t.panel[s];
       if (far) prefetch(P - ahead, m * k);
-      auto* w = rows_of(s);
-      if (u) {
-        const auto* parent = rows_of(t.parent[s]);
-        const int32_t* from = t.relative + t.row[s];
-        for (int64_t i = 0; i < u; i++)
-          for (int v = 0; v < N; v++) w[(k + i) * N + v] = parent[from[i] * N + v];
-      }
-      How::backward(P, m, k, w);
-      for (int64_t i = 0; i < k; i++) How::store(w + i * N, rhs.count, x + int64_t(t.perm[f + i]) * width);
+      local.inherit(s);
+      How::backward(P, m, k, local.rows_of(s));
+      local.scatter(s);
+    }
+  else
+    for (int32_t s = begin; s < end; s++) {
+      const int64_t k = t.first[s + 1] - t.first[s], m = rows(s);
+      const T* P = L + t.panel[s];
+      if (far) prefetch(P + ahead, m * k);
+      local.gather(s);
+      How::forward(P, m, k, local.rows_of(s));
+    }
+}
+
+// Part of the solve with one large front for one right-hand side.
+template <class T>
+void solve_part(SolvePart what, const Tree& t, const void* factor, const Rhs& rhs, int32_t s, int64_t J, int64_t begin,
+                int64_t end, void* memory) {
+  if constexpr (W<T> > 1) {
+    const Local<One<T>, T> local{t, rhs, static_cast<T*>(memory)};
+    const int64_t k = t.first[s + 1] - t.first[s], m = k + t.row[s + 1] - t.row[s];
+    const int64_t kb = k - J < SOLVE_BLOCK ? k - J : SOLVE_BLOCK;
+    const T* P = static_cast<const T*>(factor) + t.panel[s];
+    T* w = local.rows_of(s);
+    switch (what) {
+      case GATHER: return local.gather(s);
+      case FORWARD_PIVOTS: return forward_one(P + J + J * m, kb, kb, m, w + J);
+      case FORWARD_ROWS: return forward_rows(P + J * m, m, kb, w + J, begin, end, w);
+      case INHERIT: return local.inherit(s);
+      case BACKWARD_ROWS: return backward_rows(P, m, m, J + kb, begin, end, w);
+      case BACKWARD_PIVOTS: return backward_one(P + J + J * m, kb, kb, m, w + J);
+      case SCATTER: return local.scatter(s);
     }
   }
 }
