@@ -317,6 +317,21 @@ def test_the_result_does_not_depend_on_threads(dtype, ordering, shape):
             assert np.array_equal(driver.solve(storage, b[..., :1], threads=solving), driver.solve(storage, b[..., :1]))
 
 
+@every_level
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_large_fronts_are_shared_by_solves(simd, dtype, monkeypatch):
+    """One right-hand side: block by block of pivots, the rest of the front by all threads; the same bits."""
+    monkeypatch.setenv("SPCACHE_SIMD", simd)
+    for p, q in (150, 517), (261, 390):
+        driver = Driver(problem_of(two_children(p, q), dtype, batch=1), "natural")
+        storage = driver.factorize(threads=2)
+        b = driver.rhs(1, driver.n, 1)
+        x = driver.solve(storage, b)
+        assert driver.residual(x, b) <= C
+        for threads in (2, 3, 5):
+            assert np.array_equal(driver.solve(storage, b, threads=threads), x)
+
+
 def test_the_failure_does_not_depend_on_threads():
     """Several pivots fail in several subtrees: the same one is named."""
     driver = Large(grid_problem((150, 150), batch=(1,)), "metis")

@@ -16,10 +16,11 @@ namespace {
 
 template <class T>
 struct Solution {
-  std::vector<T> factor, x;
+  std::vector<T> factor, x, single;  // for three right-hand sides, and for one
   bool operator==(const Solution& other) const {
     return !memcmp(factor.data(), other.factor.data(), factor.size() * sizeof(T)) &&
-           !memcmp(x.data(), other.x.data(), x.size() * sizeof(T));
+           !memcmp(x.data(), other.x.data(), x.size() * sizeof(T)) &&
+           !memcmp(single.data(), other.single.data(), single.size() * sizeof(T));
   }
 };
 
@@ -35,7 +36,7 @@ Solution<T> run(const Plan& plan, const Assembly& assembly, const std::vector<T>
   const Kernels& kernels = *kernels_baseline(dtype);
   const Schedule schedule(plan, threads);
   const Tree tree = plan.tree();
-  Solution<T> out{std::vector<T>(plan.panel.back()), std::vector<T>(3 * plan.n)};
+  Solution<T> out{std::vector<T>(plan.panel.back()), std::vector<T>(3 * plan.n), std::vector<T>(plan.n)};
   std::vector<Scratch> scratch;
   int32_t* queue = aligned<int32_t>(schedule.queue_size());
   T *shared = aligned<T>(schedule.shared_size), *local = aligned<T>((plan.n + plan.row.back()) * kernels.lanes);
@@ -45,6 +46,7 @@ Solution<T> run(const Plan& plan, const Assembly& assembly, const std::vector<T>
   if (factorize(kernels, tree, schedule, assembly, values.data(), out.factor.data(), scratch.data(), threads)) abort();
   const std::vector<T> b(3 * plan.n, T(1));
   solve(kernels, tree, schedule, out.factor.data(), b.data(), out.x.data(), 3, local, queue, threads);
+  solve(kernels, tree, schedule, out.factor.data(), b.data(), out.single.data(), 1, local, queue, threads);
   for (int t = 0; t < threads; t++) free(scratch[t].own), free(scratch[t].pack);
   free(shared), free(local), free(queue);
   std::printf("%d threads: %zu tasks, %zu fronts above\n", threads, schedule.tasks.size(), schedule.top.size());
@@ -79,7 +81,7 @@ bool share_a_batch(const Plan& plan, const Assembly& assembly, const std::vector
   bool equal = true;
   for (int e = 0; e < COUNT; e++)
     equal &= !status[e] && Solution<T>{{factors.begin() + e * size, factors.begin() + (e + 1) * size},
-                                       {x.begin() + e * plan.n * width, x.begin() + (e + 1) * plan.n * width}} == one;
+                                       {x.begin() + e * plan.n * width, x.begin() + (e + 1) * plan.n * width}, one.single} == one;
   for (int t = 0; t < THREADS; t++) free(scratch[t].own), free(scratch[t].shared), free(scratch[t].pack), free(local[t]);
   return equal;
 }
