@@ -108,7 +108,8 @@ cdef class ValuesCopy:
                 raise MemoryError
             self.nbytes = nbytes
         with nogil:
-            memcpy(self.buffer, <const void*> address, nbytes)
+            if nbytes:  # nothing may have no address
+                memcpy(self.buffer, <const void*> address, nbytes)
 
     def finite(self, int64_t part, int64_t parts, int dtype):
         """Whether the numbers of one of `parts` equal parts are all finite."""
@@ -120,7 +121,7 @@ cdef class ValuesCopy:
         cdef bool result = False
         if self.buffer != NULL and nbytes == self.nbytes:
             with nogil:
-                result = memcmp(self.buffer, <const void*> address, nbytes) == 0
+                result = nbytes == 0 or memcmp(self.buffer, <const void*> address, nbytes) == 0
         return result
 
 
