@@ -12,48 +12,60 @@ namespace {
 
 // --- one right-hand side of real numbers: vectors run along the rows ---
 
-// Columns P[0 .. m, 0 .. C], the first C rows being the pivots: y = L11^-1 y, then w[below] -= L21 y.
+// w[i] -= P[i, 0 .. C] y, for rows begin .. end.
 template <class T, int C>
-inline void forward_columns(const T* P, int64_t m, int64_t ld, T* w) {
-  T y[C];
+inline __attribute__((always_inline)) void subtract(const T* P, int64_t ld, const T* y, int64_t begin, int64_t end, T* w) {
   V<T> v[C];
-  UNROLL for (int c = 0; c < C; c++) {
-    y[c] = w[c];
-    UNROLL for (int p = 0; p < c; p++) y[c] -= P[c + p * ld] * y[p];
-    y[c] *= P[c + c * ld];
-    w[c] = y[c];
-    v[c] = broadcast(y[c]);
-  }
+  UNROLL for (int c = 0; c < C; c++) v[c] = broadcast(y[c]);
   auto update = [&](auto load, int64_t i) __attribute__((always_inline)) {
     V<T> x = load(w + i);
     UNROLL for (int c = 0; c < C; c++) x -= load(P + i + c * ld) * v[c];
     return x;
   };
-  int64_t i = C;
-  for (; i + W<T> <= m; i += W<T>) store(w + i, update([](const T* p) { return load(p); }, i));
-  if (i < m) {
-    const int rest = int(m - i);
+  int64_t i = begin;
+  for (; i + W<T> <= end; i += W<T>) store(w + i, update([](const T* p) { return load(p); }, i));
+  if (i < end) {
+    const int rest = int(end - i);
     store_part(w + i, update([=](const T* p) { return load_part(p, rest); }, i), rest);
   }
+}
+
+// y = P[begin .. end, 0 .. C]^T w[begin .. end]
+template <class T, int C>
+inline __attribute__((always_inline)) void multiply(const T* P, int64_t ld, int64_t begin, int64_t end, const T* w, T* y) {
+  V<T> total[C];
+  UNROLL for (int c = 0; c < C; c++) total[c] = broadcast(T(0));
+  auto add = [&](auto load, int64_t i) __attribute__((always_inline)) {
+    const V<T> x = load(w + i);
+    UNROLL for (int c = 0; c < C; c++) total[c] += load(P + i + c * ld) * x;
+  };
+  int64_t i = begin;
+  for (; i + W<T> <= end; i += W<T>) add([](const T* p) { return load(p); }, i);
+  if (i < end) {
+    const int rest = int(end - i);
+    add([=](const T* p) { return load_part(p, rest); }, i);
+  }
+  sums<T>(total, y);
+}
+
+// Columns P[0 .. m, 0 .. C], the first C rows being the pivots: y = L11^-1 y, then w[below] -= L21 y.
+template <class T, int C>
+inline void forward_columns(const T* P, int64_t m, int64_t ld, T* w) {
+  T y[C];
+  UNROLL for (int c = 0; c < C; c++) {
+    y[c] = w[c];
+    UNROLL for (int p = 0; p < c; p++) y[c] -= P[c + p * ld] * y[p];
+    y[c] *= P[c + c * ld];
+    w[c] = y[c];
+  }
+  subtract<T, C>(P, ld, y, C, m, w);
 }
 
 // The same columns backward: y = L11^-H (y - L21^H w[below]).
 template <class T, int C>
 inline void backward_columns(const T* P, int64_t m, int64_t ld, T* w) {
-  V<T> total[C];
-  UNROLL for (int c = 0; c < C; c++) total[c] = broadcast(T(0));
-  int64_t i = C;
-  for (; i + W<T> <= m; i += W<T>) {
-    const V<T> x = load(w + i);
-    UNROLL for (int c = 0; c < C; c++) total[c] += load(P + i + c * ld) * x;
-  }
-  if (i < m) {
-    const int rest = int(m - i);
-    const V<T> x = load_part(w + i, rest);
-    UNROLL for (int c = 0; c < C; c++) total[c] += load_part(P + i + c * ld, rest) * x;
-  }
   T y[C];
-  sums<T>(total, y);
+  multiply<T, C>(P, ld, C, m, w, y);
   UNROLL for (int c = C - 1; c >= 0; c--) {
     y[c] = w[c] - y[c];
     UNROLL for (int p = C - 1; p > c; p--) y[c] -= P[p + c * ld] * y[p];
@@ -93,49 +105,24 @@ constexpr int64_t SOLVE_BLOCK = 128;      // pivots
 // w[i] -= L[i, 0 .. columns] y, for rows begin .. end of the columns P.
 template <class T>
 void forward_rows(const T* P, int64_t ld, int64_t columns, const T* y, int64_t begin, int64_t end, T* w) {
-  auto pass = [&](auto four, int64_t c) {
-    constexpr int C = decltype(four)::value ? 4 : 1;
-    V<T> v[C];
-    UNROLL for (int q = 0; q < C; q++) v[q] = broadcast(y[c + q]);
-    auto update = [&](auto load, int64_t i) __attribute__((always_inline)) {
-      V<T> x = load(w + i);
-      UNROLL for (int q = 0; q < C; q++) x -= load(P + i + (c + q) * ld) * v[q];
-      return x;
-    };
-    int64_t i = begin;
-    for (; i + W<T> <= end; i += W<T>) store(w + i, update([](const T* p) { return load(p); }, i));
-    if (i < end) {
-      const int rest = int(end - i);
-      store_part(w + i, update([=](const T* p) { return load_part(p, rest); }, i), rest);
-    }
-  };
   int64_t c = 0;
-  for (; c + 4 <= columns; c += 4) pass(std::true_type(), c);
-  for (; c < columns; c++) pass(std::false_type(), c);
+  for (; c + 4 <= columns; c += 4) subtract<T, 4>(P + c * ld, ld, y + c, begin, end, w);
+  for (; c < columns; c++) subtract<T, 1>(P + c * ld, ld, y + c, begin, end, w);
 }
 
 // w[c] -= L[first .. m, c]^H w[first .. m], for columns begin .. end of P.
 template <class T>
 void backward_rows(const T* P, int64_t m, int64_t ld, int64_t first, int64_t begin, int64_t end, T* w) {
-  auto pass = [&](auto four, int64_t c) {
-    constexpr int C = decltype(four)::value ? 4 : 1;
-    V<T> total[C];
-    UNROLL for (int q = 0; q < C; q++) total[q] = broadcast(T(0));
-    auto add = [&](auto load, int64_t i) __attribute__((always_inline)) {
-      const V<T> x = load(w + i);
-      UNROLL for (int q = 0; q < C; q++) total[q] += load(P + i + (c + q) * ld) * x;
-    };
-    int64_t i = first;
-    for (; i + W<T> <= m; i += W<T>) add([](const T* p) { return load(p); }, i);
-    const int rest = int(m - i);
-    if (rest > 0) add([=](const T* p) { return load_part(p, rest); }, i);
-    T y[C];
-    sums<T>(total, y);
-    UNROLL for (int q = 0; q < C; q++) w[c + q] -= y[q];
-  };
+  T y[4];
   int64_t c = begin;
-  for (; c + 4 <= end; c += 4) pass(std::true_type(), c);
-  for (; c < end; c++) pass(std::false_type(), c);
+  for (; c + 4 <= end; c += 4) {
+    multiply<T, 4>(P + c * ld, ld, first, m, w, y);
+    for (int q = 0; q < 4; q++) w[c + q] -= y[q];
+  }
+  for (; c < end; c++) {
+    multiply<T, 1>(P + c * ld, ld, first, m, w, y);
+    w[c] -= y[0];
+  }
 }
 
 template <class T>
@@ -289,7 +276,7 @@ struct Many {
 };
 
 constexpr int64_t FETCH_FROM = 8 << 20;  // bytes of a factor that does not stay in a cache near the processor
-constexpr int64_t FETCH = 8192;  // bytes of the factor between prefetching them and their use
+constexpr int64_t FETCH = 8192;           // bytes of the factor between prefetching them and their use
 
 template <class T>
 inline void prefetch(const T* begin, int64_t count) {
