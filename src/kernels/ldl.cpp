@@ -17,7 +17,6 @@
 namespace spcache {
 namespace {
 
-constexpr int64_t PARALLEL_SOLVE_FROM = 1 << 19;  // numbers in the factor
 
 // Solves are refined unless pivots were stable and what was left of the matrix did not grow beyond this.
 constexpr double GROWTH_GOOD = 8;

@@ -12,8 +12,7 @@ namespace spcache {
 namespace {
 
 // Less work than this is done before a second thread has started.
-constexpr double PARALLEL_FROM = 4e6;          // units of `work_of`
-constexpr int64_t PARALLEL_SOLVE_FROM = 1 << 17;  // numbers in the factor
+constexpr double PARALLEL_FROM = 4e6;  // units of `work_of`
 
 constexpr int64_t SHARE_FROM = 480;  // rows of a front that threads share
 constexpr int PIECES = 8;            // pieces of work for each thread, at least

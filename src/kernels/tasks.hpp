@@ -5,6 +5,9 @@
 
 namespace spcache {
 
+// Smaller factors are solved with before a second thread has begun.
+constexpr int64_t PARALLEL_SOLVE_FROM = 1 << 17;  // numbers in the factor
+
 // Calls run(task, thread) for every task: upwards when its children are done, downwards when its parent is.
 template <class Run>
 void run_tasks(const Schedule& schedule, bool downwards, int32_t* memory, const Crew& crew, Run run) {
