@@ -318,7 +318,7 @@ def test_the_result_does_not_depend_on_threads(dtype, ordering, shape):
 
 
 @every_level
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@every_dtype
 def test_large_fronts_are_shared_by_solves(simd, dtype, monkeypatch):
     """One right-hand side: block by block of pivots, the rest of the front by all threads; the same bits."""
     monkeypatch.setenv("SPCACHE_SIMD", simd)

@@ -20,7 +20,7 @@ constexpr int64_t BLOCK = 128;                   // pivots eliminated before the
 constexpr int64_t PACK_FROM = 160;               // rows of a front from which packing pays
 constexpr int64_t STRIP = 10;                    // packed tiles of rows that stay in the second-level cache
 template <class T> constexpr int64_t TILE_ROWS = TILE_VECTORS * W<T>;
-template <class T> constexpr int NB = INTERLEAVED<T> ? 3 : W<T> == 1 ? 2 : TILE_COLUMNS;
+template <class T> constexpr int NB = INTERLEAVED<T> ? 3 : COMPLEX<T> && TILE_COLUMNS < 8 ? 2 : W<T> == 1 ? 2 : TILE_COLUMNS;
 
 // A factorized diagonal block, for the rows below it: L(c, p) for p < c, and the reciprocals of the diagonal.
 template <class T>
@@ -47,8 +47,8 @@ inline __attribute__((always_inline)) void tile(const T* A, int64_t lda, const T
       UNROLL for (int v = 0; v < MV - 1; v++) a[v] = load(A + v * w);
       a[MV - 1] = load_last(A + (MV - 1) * w);
       UNROLL for (int c = 0; c < NR; c++) {
-        V<T> b = broadcast(conj(B[c]));
-        UNROLL for (int v = 0; v < MV; v++) sum[v][c] += a[v] * b;
+        const Constant<T> b = broadcast(conj(B[c]));
+        UNROLL for (int v = 0; v < MV; v++) add_product(sum[v][c], a[v], b);
       }
     }
   };
@@ -63,7 +63,7 @@ inline __attribute__((always_inline)) void tile(const T* A, int64_t lda, const T
     }
     if constexpr (SOLVE)
       UNROLL for (int c = 0; c < NR; c++) {
-        UNROLL for (int p = 0; p < c; p++) sum[v][c] -= sum[v][p] * broadcast(conj(diagonal->lower[c][p]));
+        UNROLL for (int p = 0; p < c; p++) subtract_product(sum[v][c], sum[v][p], broadcast(conj(diagonal->lower[c][p])));
         sum[v][c] = broadcast(T(diagonal->reciprocal[c])) * sum[v][c];
       }
     UNROLL for (int c = 0; c < NR; c++) {

@@ -38,9 +38,10 @@ inline Complex<R> inverse(Complex<R> a) {
 
 template <class T>
 inline Real<T> largest(const T* x, int64_t count) {
+  if constexpr (COMPLEX<T>) return largest(&x->re, 2 * count);
   Real<T> most = 0;
   int64_t i = 0;
-  if constexpr (W<T> > 1) {
+  if constexpr (W<T> > 1 && !COMPLEX<T>) {
     V<T> top = broadcast(T(0));
     for (; i + W<T> <= count; i += W<T>) {
       V<T> v = load(x + i);
@@ -62,8 +63,8 @@ void subtract_columns(const T* A, int64_t lda, int64_t depth, const T* b, int64_
   int64_t p = 0;
   for (; p + 4 <= depth; p += 4) {
     const T *a0 = A + p * lda, *a1 = a0 + lda, *a2 = a1 + lda, *a3 = a2 + lda;
-    const V<T> b0 = broadcast(conj(b[p * ldb])), b1 = broadcast(conj(b[(p + 1) * ldb])),
-               b2 = broadcast(conj(b[(p + 2) * ldb])), b3 = broadcast(conj(b[(p + 3) * ldb]));
+    const Constant<T> b0 = broadcast(conj(b[p * ldb])), b1 = broadcast(conj(b[(p + 1) * ldb])),
+                      b2 = broadcast(conj(b[(p + 2) * ldb])), b3 = broadcast(conj(b[(p + 3) * ldb]));
     int64_t i = 0;
     for (; i + W<T> <= count; i += W<T>)
       store(y + i, load(y + i) - (load(a0 + i) * b0 + load(a1 + i) * b1) - (load(a2 + i) * b2 + load(a3 + i) * b3));
@@ -75,7 +76,7 @@ void subtract_columns(const T* A, int64_t lda, int64_t depth, const T* b, int64_
   }
   for (; p < depth; p++) {
     const T* a = A + p * lda;
-    const V<T> v = broadcast(conj(b[p * ldb]));
+    const Constant<T> v = broadcast(conj(b[p * ldb]));
     int64_t i = 0;
     for (; i + W<T> <= count; i += W<T>) store(y + i, load(y + i) - load(a + i) * v);
     if (i < count) {
@@ -399,7 +400,7 @@ void forward_unit(const T* P, int64_t m, int64_t k, X* w) {
       const T y0 = w[j], y1 = w[j + 1] - a[j + 1] * y0, y2 = w[j + 2] - a[j + 2] * y0 - b[j + 2] * y1;
       const T y3 = w[j + 3] - a[j + 3] * y0 - b[j + 3] * y1 - c[j + 3] * y2;
       w[j + 1] = y1, w[j + 2] = y2, w[j + 3] = y3;
-      const V<T> v0 = broadcast(y0), v1 = broadcast(y1), v2 = broadcast(y2), v3 = broadcast(y3);
+      const Constant<T> v0 = broadcast(y0), v1 = broadcast(y1), v2 = broadcast(y2), v3 = broadcast(y3);
       int64_t i = j + 4;
       for (; i + W<T> <= m; i += W<T>)
         store(w + i, load(w + i) - (load(a + i) * v0 + load(b + i) * v1) - (load(c + i) * v2 + load(d + i) * v3));
@@ -427,19 +428,17 @@ void backward_unit(const T* P, int64_t m, int64_t k, X* w) {
       const T *a = P + q * m, *b = a + m, *c = b + m, *d = c + m;
       V<T> s0 = broadcast(T(0)), s1 = s0, s2 = s0, s3 = s0;
       int64_t i = j;
-      for (; i + W<T> <= m; i += W<T>) {
+      auto add = [&](const T* column, V<T> x, V<T>& s, auto load) { s += mirrored<V<T>, H>(load(column)) * x; };
+      auto add_all = [&](auto load) {
         const V<T> x = load(w + i);
-        s0 += load(a + i) * x, s1 += load(b + i) * x, s2 += load(c + i) * x, s3 += load(d + i) * x;
-      }
-      if (i < m) {
-        const int r = int(m - i);
-        const V<T> x = load_part(w + i, r);
-        s0 += load_part(a + i, r) * x, s1 += load_part(b + i, r) * x, s2 += load_part(c + i, r) * x,
-            s3 += load_part(d + i, r) * x;
-      }
-      const T y3 = w[q + 3] - sum<T>(s3), y2 = w[q + 2] - sum<T>(s2) - c[q + 3] * y3;
-      const T y1 = w[q + 1] - sum<T>(s1) - b[q + 3] * y3 - b[q + 2] * y2;
-      w[q] = w[q] - sum<T>(s0) - a[q + 3] * y3 - a[q + 2] * y2 - a[q + 1] * y1;
+        add(a + i, x, s0, load), add(b + i, x, s1, load), add(c + i, x, s2, load), add(d + i, x, s3, load);
+      };
+      for (; i + W<T> <= m; i += W<T>) add_all([](const T* p) { return load(p); });
+      if (i < m) add_all([r = int(m - i)](const T* p) { return load_part(p, r); });
+      auto l = [](const T* column, int64_t row) { return mirrored<T, H>(column[row]); };
+      const T y3 = w[q + 3] - sum<T>(s3), y2 = w[q + 2] - sum<T>(s2) - l(c, q + 3) * y3;
+      const T y1 = w[q + 1] - sum<T>(s1) - l(b, q + 3) * y3 - l(b, q + 2) * y2;
+      w[q] = w[q] - sum<T>(s0) - l(a, q + 3) * y3 - l(a, q + 2) * y2 - l(a, q + 1) * y1;
       w[q + 1] = y1, w[q + 2] = y2, w[q + 3] = y3;
     }
   }

@@ -28,6 +28,8 @@ template <class R> inline Complex<R> operator*(Complex<R> a, Complex<R> b) {
 template <class T> struct RealOf { using type = T; };
 template <class R> struct RealOf<Complex<R>> { using type = R; };
 template <class T> using Real = typename RealOf<T>::type;
+template <class T> constexpr bool COMPLEX = false;
+template <class R> constexpr bool COMPLEX<Complex<R>> = true;
 
 template <class R> inline R conj(R a) { return a; }
 template <class R> inline Complex<R> conj(Complex<R> a) { return {a.re, -a.im}; }

@@ -10,16 +10,16 @@
 namespace spcache {
 namespace {
 
-// --- one right-hand side of real numbers: vectors run along the rows ---
+// --- one right-hand side: vectors run along the rows ---
 
 // w[i] -= P[i, 0 .. C] y, for rows begin .. end.
 template <class T, int C>
 inline __attribute__((always_inline)) void subtract(const T* P, int64_t ld, const T* y, int64_t begin, int64_t end, T* w) {
-  V<T> v[C];
+  Constant<T> v[C];
   UNROLL for (int c = 0; c < C; c++) v[c] = broadcast(y[c]);
   auto update = [&](auto load, int64_t i) __attribute__((always_inline)) {
     V<T> x = load(w + i);
-    UNROLL for (int c = 0; c < C; c++) x -= load(P + i + c * ld) * v[c];
+    UNROLL for (int c = 0; c < C; c++) subtract_product(x, load(P + i + c * ld), v[c]);
     return x;
   };
   int64_t i = begin;
@@ -30,14 +30,14 @@ inline __attribute__((always_inline)) void subtract(const T* P, int64_t ld, cons
   }
 }
 
-// y = P[begin .. end, 0 .. C]^T w[begin .. end]
+// y = P[begin .. end, 0 .. C]^H w[begin .. end]
 template <class T, int C>
 inline __attribute__((always_inline)) void multiply(const T* P, int64_t ld, int64_t begin, int64_t end, const T* w, T* y) {
   V<T> total[C];
   UNROLL for (int c = 0; c < C; c++) total[c] = broadcast(T(0));
   auto add = [&](auto load, int64_t i) __attribute__((always_inline)) {
     const V<T> x = load(w + i);
-    UNROLL for (int c = 0; c < C; c++) total[c] += load(P + i + c * ld) * x;
+    UNROLL for (int c = 0; c < C; c++) total[c] += conj(load(P + i + c * ld)) * x;
   };
   int64_t i = begin;
   for (; i + W<T> <= end; i += W<T>) add([](const T* p) { return load(p); }, i);
@@ -55,8 +55,7 @@ inline void forward_columns(const T* P, int64_t m, int64_t ld, T* w) {
   UNROLL for (int c = 0; c < C; c++) {
     y[c] = w[c];
     UNROLL for (int p = 0; p < c; p++) y[c] -= P[c + p * ld] * y[p];
-    y[c] *= P[c + c * ld];
-    w[c] = y[c];
+    w[c] = y[c] = real(P[c + c * ld]) * y[c];
   }
   subtract<T, C>(P, ld, y, C, m, w);
 }
@@ -68,9 +67,8 @@ inline void backward_columns(const T* P, int64_t m, int64_t ld, T* w) {
   multiply<T, C>(P, ld, C, m, w, y);
   UNROLL for (int c = C - 1; c >= 0; c--) {
     y[c] = w[c] - y[c];
-    UNROLL for (int p = C - 1; p > c; p--) y[c] -= P[p + c * ld] * y[p];
-    y[c] *= P[c + c * ld];
-    w[c] = y[c];
+    UNROLL for (int p = C - 1; p > c; p--) y[c] -= conj(P[p + c * ld]) * y[p];
+    w[c] = y[c] = real(P[c + c * ld]) * y[c];
   }
 }
 
@@ -145,7 +143,7 @@ void backward_front(const T* P, int64_t m, int64_t k, T* w) {
   }
 }
 
-// --- N vectors of right-hand sides (complex numbers: N numbers): vectors run along the right-hand sides ---
+// --- N vectors of right-hand sides: vectors run along the right-hand sides ---
 
 // w[0 .. R] -= L[0 .. R, 0 .. depth] y
 template <class T, int N, int R>
@@ -155,8 +153,8 @@ inline void subtract_rows(const T* L, int64_t ld, int64_t depth, const V<T>* y, 
     UNROLL for (int v = 0; v < N; v++) total[r][v] = w[r * N + v];
   for (int64_t p = 0; p < depth; p++, L += ld, y += N)
     UNROLL for (int r = 0; r < R; r++) {
-      const V<T> l = broadcast(L[r]);
-      UNROLL for (int v = 0; v < N; v++) total[r][v] -= l * y[v];
+      const Constant<T> l = broadcast(L[r]);
+      UNROLL for (int v = 0; v < N; v++) subtract_product(total[r][v], y[v], l);
     }
   UNROLL for (int r = 0; r < R; r++)
     UNROLL for (int v = 0; v < N; v++) w[r * N + v] = total[r][v];
@@ -170,15 +168,15 @@ inline void forward_pivots(const T* L, int64_t ld, int64_t depth, const V<T>* y,
     UNROLL for (int v = 0; v < N; v++) x[c][v] = w[c * N + v];
   for (int64_t p = 0; p < depth; p++, L += ld, y += N)
     UNROLL for (int c = 0; c < C; c++) {
-      const V<T> l = broadcast(L[c]);
-      UNROLL for (int v = 0; v < N; v++) x[c][v] -= l * y[v];
+      const Constant<T> l = broadcast(L[c]);
+      UNROLL for (int v = 0; v < N; v++) subtract_product(x[c][v], y[v], l);
     }
   UNROLL for (int c = 0; c < C; c++) {
     UNROLL for (int p = 0; p < c; p++) {
-      const V<T> l = broadcast(L[c + p * ld]);
-      UNROLL for (int v = 0; v < N; v++) x[c][v] -= l * x[p][v];
+      const Constant<T> l = broadcast(L[c + p * ld]);
+      UNROLL for (int v = 0; v < N; v++) subtract_product(x[c][v], x[p][v], l);
     }
-    const V<T> d = broadcast(T(real(L[c + c * ld])));
+    const Constant<T> d = broadcast(T(real(L[c + c * ld])));
     UNROLL for (int v = 0; v < N; v++) w[c * N + v] = x[c][v] = d * x[c][v];
   }
 }
@@ -191,15 +189,15 @@ inline void backward_pivots(const T* P, int64_t m, int64_t ld, V<T>* w) {
     UNROLL for (int v = 0; v < N; v++) x[c][v] = w[c * N + v];
   for (int64_t i = C; i < m; i++)
     UNROLL for (int c = 0; c < C; c++) {
-      const V<T> l = broadcast(conj(P[i + c * ld]));
-      UNROLL for (int v = 0; v < N; v++) x[c][v] -= l * w[i * N + v];
+      const Constant<T> l = broadcast(conj(P[i + c * ld]));
+      UNROLL for (int v = 0; v < N; v++) subtract_product(x[c][v], w[i * N + v], l);
     }
   UNROLL for (int c = C - 1; c >= 0; c--) {
     UNROLL for (int p = C - 1; p > c; p--) {
-      const V<T> l = broadcast(conj(P[p + c * ld]));
-      UNROLL for (int v = 0; v < N; v++) x[c][v] -= l * x[p][v];
+      const Constant<T> l = broadcast(conj(P[p + c * ld]));
+      UNROLL for (int v = 0; v < N; v++) subtract_product(x[c][v], x[p][v], l);
     }
-    const V<T> d = broadcast(T(real(P[c + c * ld])));
+    const Constant<T> d = broadcast(T(real(P[c + c * ld])));
     UNROLL for (int v = 0; v < N; v++) w[c * N + v] = x[c][v] = d * x[c][v];
   }
 }

@@ -1,4 +1,5 @@
-// One SIMD register of T, whatever the instruction set this file is compiled for. Complex numbers go one at a time.
+// One SIMD register of T, whatever the instruction set this file is compiled for. Complex numbers lie in it as in memory;
+// without AVX they go one at a time.
 #pragma once
 #include <string.h>
 
@@ -30,11 +31,76 @@ struct Vector {
   typedef T type __attribute__((vector_size(VECTOR_BYTES)));
   static constexpr int width = VECTOR_BYTES / int(sizeof(T));
 };
+template <class R> using Register = typename Vector<R>::type;
+
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+inline Register<double> swapped(Register<double> v) { return (Register<double>)_mm512_permute_pd((__m512d)v, 0x55); }
+inline Register<float> swapped(Register<float> v) { return (Register<float>)_mm512_permute_ps((__m512)v, 0xb1); }
+inline Register<double> evens(Register<double> v) { return (Register<double>)_mm512_movedup_pd((__m512d)v); }
+inline Register<float> evens(Register<float> v) { return (Register<float>)_mm512_moveldup_ps((__m512)v); }
+inline Register<double> odds(Register<double> v) { return (Register<double>)_mm512_permute_pd((__m512d)v, 0xff); }
+inline Register<float> odds(Register<float> v) { return (Register<float>)_mm512_movehdup_ps((__m512)v); }
+#else
+inline Register<double> swapped(Register<double> v) { return (Register<double>)_mm256_permute_pd((__m256d)v, 0x5); }
+inline Register<float> swapped(Register<float> v) { return (Register<float>)_mm256_permute_ps((__m256)v, 0xb1); }
+inline Register<double> evens(Register<double> v) { return (Register<double>)_mm256_movedup_pd((__m256d)v); }
+inline Register<float> evens(Register<float> v) { return (Register<float>)_mm256_moveldup_ps((__m256)v); }
+inline Register<double> odds(Register<double> v) { return (Register<double>)_mm256_permute_pd((__m256d)v, 0xf); }
+inline Register<float> odds(Register<float> v) { return (Register<float>)_mm256_movehdup_ps((__m256)v); }
+#endif
+
+// Its even lanes, the real parts, or its odd ones, with another sign.
+template <class R, bool odd>
+inline Register<R> negated(Register<R> v) {
+  Register<R> sign;
+  for (int i = 0; i < Vector<R>::width; i++) sign[i] = (i & 1) == odd ? R(-0.0) : R(0);
+  using Bits = decltype(v < v);
+  return (Register<R>)((Bits)v ^ (Bits)sign);
+}
+
+template <class R> struct ComplexConstant;
+
+// Neighbouring lanes are real and imaginary part.
+template <class R>
+struct ComplexVector {
+  Register<R> v;
+  Complex<R> operator[](int i) const { return {v[2 * i], v[2 * i + 1]}; }
+  ComplexVector& operator+=(ComplexVector b) { v += b.v; return *this; }
+  ComplexVector& operator-=(ComplexVector b) { v -= b.v; return *this; }
+  friend ComplexVector operator+(ComplexVector a, ComplexVector b) { return {a.v + b.v}; }
+  friend ComplexVector operator-(ComplexVector a, ComplexVector b) { return {a.v - b.v}; }
+  friend ComplexVector operator*(ComplexVector a, ComplexConstant<R> b) {
+    return {a.v * b.re + negated<R, false>(swapped(a.v)) * b.im};
+  }
+  friend ComplexVector operator*(ComplexConstant<R> a, ComplexVector b) { return b * a; }
+  friend ComplexVector operator*(ComplexVector a, ComplexVector b) { return a * ComplexConstant<R>{evens(b.v), odds(b.v)}; }
+  friend ComplexVector conj(ComplexVector a) { return {negated<R, true>(a.v)}; }
+};
+
+// The same number in each place, its parts apart.
+template <class R>
+struct ComplexConstant {
+  Register<R> re, im;
+  operator ComplexVector<R>() const {
+    Register<R> v;
+    for (int i = 0; i < Vector<R>::width; i++) v[i] = i & 1 ? im[i] : re[i];
+    return {v};
+  }
+};
+
+template <class R>
+struct Vector<Complex<R>> {
+  using type = ComplexVector<R>;
+  static constexpr int width = Vector<R>::width / 2;
+};
+#else
 template <class R>
 struct Vector<Complex<R>> {
   using type = Complex<R>;
   static constexpr int width = 1;
 };
+#endif
 template <class T> using V = typename Vector<T>::type;
 template <class T> constexpr int W = Vector<T>::width;
 
@@ -48,6 +114,32 @@ template <class T> inline __attribute__((always_inline)) V<T> broadcast(T a) {
   if constexpr (W<T> == 1) return a;
   else return a - V<T>{};
 }
+#if defined(__AVX2__)
+template <class R> inline __attribute__((always_inline)) ComplexConstant<R> broadcast(Complex<R> a) {
+  return {broadcast(a.re), broadcast(a.im)};
+}
+#endif
+template <class T> using Constant = decltype(broadcast(T()));  // what a vector is multiplied with
+
+// sum += a * b and sum -= a * b; of complex numbers each two fused operations on all lanes.
+template <class X, class A, class B> inline __attribute__((always_inline)) void add_product(X& sum, A a, B b) {
+  sum += a * b;
+}
+template <class X, class A, class B> inline __attribute__((always_inline)) void subtract_product(X& sum, A a, B b) {
+  sum -= a * b;
+}
+#if defined(__AVX2__)
+template <class R>
+inline __attribute__((always_inline)) void add_product(ComplexVector<R>& sum, ComplexVector<R> a, ComplexConstant<R> b) {
+  sum.v += a.v * b.re;
+  sum.v += negated<R, false>(swapped(a.v)) * b.im;
+}
+template <class R>
+inline __attribute__((always_inline)) void subtract_product(ComplexVector<R>& sum, ComplexVector<R> a, ComplexConstant<R> b) {
+  sum.v -= a.v * b.re;
+  sum.v -= negated<R, false>(swapped(a.v)) * b.im;
+}
+#endif
 
 // The first `count` lanes only, 0 < count < width; the others read as zero.
 #if defined(__AVX512F__)
@@ -73,8 +165,17 @@ template <class T> inline void store_part(T* p, V<T> v, int count) {
   for (int i = 0; i < count; i++) p[i] = v[i];
 }
 #endif
+#if defined(__AVX2__)
+template <class R> inline __attribute__((always_inline)) ComplexVector<R> load_part(const Complex<R>* p, int count) {
+  return {load_part(&p->re, 2 * count)};
+}
+template <class R> inline __attribute__((always_inline)) void store_part(Complex<R>* p, ComplexVector<R> v, int count) {
+  store_part(&p->re, v.v, 2 * count);
+}
+#else
 template <class R> inline Complex<R> load_part(const Complex<R>* p, int) { return *p; }
 template <class R> inline void store_part(Complex<R>* p, Complex<R> v, int) { *p = v; }
+#endif
 
 template <class T> inline __attribute__((always_inline)) T sum(V<T> v) {
   if constexpr (W<T> == 1) {
