@@ -319,8 +319,8 @@ def test_the_result_does_not_depend_on_threads(dtype, ordering, shape):
 
 @every_level
 @every_dtype
-def test_large_fronts_are_shared_by_solves(simd, dtype, monkeypatch):
-    """One right-hand side: block by block of pivots, the rest of the front by all threads; the same bits."""
+def test_large_fronts_are_shared(simd, dtype, monkeypatch):
+    """Block by block of pivots, the rest of the front by all threads; the same bits. Solves with one right-hand side."""
     monkeypatch.setenv("SPCACHE_SIMD", simd)
     for p, q in (150, 517), (261, 390):
         driver = Driver(problem_of(two_children(p, q), dtype, batch=1), "natural")
@@ -330,6 +330,7 @@ def test_large_fronts_are_shared_by_solves(simd, dtype, monkeypatch):
         assert driver.residual(x, b) <= C
         for threads in (2, 3, 5):
             assert np.array_equal(driver.solve(storage, b, threads=threads), x)
+        assert np.array_equal(driver.solve(driver.factorize(threads=1), b), x)
 
 
 def test_the_failure_does_not_depend_on_threads():

@@ -231,9 +231,10 @@ int factor_diagonal(int columns, T* P, int64_t ld, Diagonal<T>& diagonal) {
   }
 }
 
-// Cholesky of the k leading columns of P [m, k], left-looking by blocks of NB columns.
+// Cholesky of the k leading columns of P [m, k], left-looking by blocks of NB columns. One function for all callers: the
+// compiler may round complex products in another way where it inlines them.
 template <class T>
-int64_t factor_panel(T* P, int64_t m, int64_t k, int64_t ld) {
+__attribute__((noinline)) int64_t factor_panel(T* P, int64_t m, int64_t k, int64_t ld) {
   Diagonal<T> diagonal;
   for (int64_t j = 0; j < k; j += NB<T>) {
     int nb = int(k - j < NB<T> ? k - j : NB<T>);

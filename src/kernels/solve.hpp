@@ -37,7 +37,7 @@ inline __attribute__((always_inline)) void multiply(const T* P, int64_t ld, int6
   UNROLL for (int c = 0; c < C; c++) total[c] = broadcast(T(0));
   auto add = [&](auto load, int64_t i) __attribute__((always_inline)) {
     const V<T> x = load(w + i);
-    UNROLL for (int c = 0; c < C; c++) total[c] += conj(load(P + i + c * ld)) * x;
+    UNROLL for (int c = 0; c < C; c++) add_product(total[c], x, conj(load(P + i + c * ld)));
   };
   int64_t i = begin;
   for (; i + W<T> <= end; i += W<T>) add([](const T* p) { return load(p); }, i);
@@ -96,13 +96,23 @@ inline __attribute__((always_inline)) void backward_one(const T* P, int64_t m, i
   for (j -= 4; j >= 0; j -= 4) backward_columns<T, 4>(at(j), m - j, ld, w + j);
 }
 
-// Large fronts go block by block of pivots, so that threads can share what is outside of the diagonal blocks.
+// Large fronts go block by block of pivots, so that threads can share what is outside of the diagonal blocks. Whoever does
+// a part of that calls the same function: the compiler may round complex products in another way where it inlines them.
 constexpr int64_t LARGE_PANEL = 1 << 17;  // numbers of a panel
 constexpr int64_t SOLVE_BLOCK = 128;      // pivots
 
+template <class T>
+__attribute__((noinline)) void forward_block(const T* P, int64_t k, int64_t ld, T* w) {
+  forward_one(P, k, k, ld, w);
+}
+template <class T>
+__attribute__((noinline)) void backward_block(const T* P, int64_t k, int64_t ld, T* w) {
+  backward_one(P, k, k, ld, w);
+}
+
 // w[i] -= L[i, 0 .. columns] y, for rows begin .. end of the columns P.
 template <class T>
-void forward_rows(const T* P, int64_t ld, int64_t columns, const T* y, int64_t begin, int64_t end, T* w) {
+__attribute__((noinline)) void forward_rows(const T* P, int64_t ld, int64_t columns, const T* y, int64_t begin, int64_t end, T* w) {
   int64_t c = 0;
   for (; c + 4 <= columns; c += 4) subtract<T, 4>(P + c * ld, ld, y + c, begin, end, w);
   for (; c < columns; c++) subtract<T, 1>(P + c * ld, ld, y + c, begin, end, w);
@@ -110,7 +120,7 @@ void forward_rows(const T* P, int64_t ld, int64_t columns, const T* y, int64_t b
 
 // w[c] -= L[first .. m, c]^H w[first .. m], for columns begin .. end of P.
 template <class T>
-void backward_rows(const T* P, int64_t m, int64_t ld, int64_t first, int64_t begin, int64_t end, T* w) {
+__attribute__((noinline)) void backward_rows(const T* P, int64_t m, int64_t ld, int64_t first, int64_t begin, int64_t end, T* w) {
   T y[4];
   int64_t c = begin;
   for (; c + 4 <= end; c += 4) {
@@ -128,7 +138,7 @@ void forward_front(const T* P, int64_t m, int64_t k, T* w) {
   if (m * k < LARGE_PANEL) return forward_one(P, m, k, m, w);
   for (int64_t J = 0; J < k; J += SOLVE_BLOCK) {
     const int64_t kb = k - J < SOLVE_BLOCK ? k - J : SOLVE_BLOCK;
-    forward_one(P + J + J * m, kb, kb, m, w + J);
+    forward_block(P + J + J * m, kb, m, w + J);
     forward_rows(P + J * m, m, kb, w + J, J + kb, m, w);
   }
 }
@@ -139,7 +149,7 @@ void backward_front(const T* P, int64_t m, int64_t k, T* w) {
   for (int64_t J = (k - 1) / SOLVE_BLOCK * SOLVE_BLOCK; J >= 0; J -= SOLVE_BLOCK) {
     const int64_t kb = k - J < SOLVE_BLOCK ? k - J : SOLVE_BLOCK;
     backward_rows(P, m, m, J + kb, J, J + kb, w);
-    backward_one(P + J + J * m, kb, kb, m, w + J);
+    backward_block(P + J + J * m, kb, m, w + J);
   }
 }
 
@@ -361,11 +371,11 @@ void solve_part(SolvePart what, const Tree& t, const void* factor, const Rhs& rh
     T* w = local.rows_of(s);
     switch (what) {
       case GATHER: return local.gather(s);
-      case FORWARD_PIVOTS: return forward_one(P + J + J * m, kb, kb, m, w + J);
+      case FORWARD_PIVOTS: return forward_block(P + J + J * m, kb, m, w + J);
       case FORWARD_ROWS: return forward_rows(P + J * m, m, kb, w + J, begin, end, w);
       case INHERIT: return local.inherit(s);
       case BACKWARD_ROWS: return backward_rows(P, m, m, J + kb, begin, end, w);
-      case BACKWARD_PIVOTS: return backward_one(P + J + J * m, kb, kb, m, w + J);
+      case BACKWARD_PIVOTS: return backward_block(P + J + J * m, kb, m, w + J);
       case SCATTER: return local.scatter(s);
     }
   }

@@ -139,6 +139,10 @@ inline __attribute__((always_inline)) void subtract_product(ComplexVector<R>& su
   sum.v -= a.v * b.re;
   sum.v -= negated<R, false>(swapped(a.v)) * b.im;
 }
+template <class R>
+inline __attribute__((always_inline)) void add_product(ComplexVector<R>& sum, ComplexVector<R> a, ComplexVector<R> b) {
+  add_product(sum, a, ComplexConstant<R>{evens(b.v), odds(b.v)});
+}
 #endif
 
 // The first `count` lanes only, 0 < count < width; the others read as zero.
