@@ -52,7 +52,8 @@ class Convention:
         if width == 0:
             return out.zero_()
         if out.numel():
-            self.pattern.entries.outer(
+            pairs = self.mirror != NONE and not self.one_triangle
+            (self.pattern.paired if pairs else self.pattern.entries).outer(
                 u.data_ptr(), w.data_ptr(), out.data_ptr(), math.prod(batch), self.pattern.m, self.pattern.n, width,
                 DTYPE_CODES[u.dtype], self.mirror, self.one_triangle,
             )  # fmt: skip

@@ -20,6 +20,7 @@ cdef extern from "kernels/pattern.hpp" namespace "spcache" nogil:
     cdef cppclass c128 "spcache::Complex<double>":
         pass
     ctypedef int Mirror
+    ctypedef int Dtype
     const int64_t AHEAD
     cdef struct CAssembly "spcache::Assembly":
         int64_t nnz, groups
@@ -44,7 +45,8 @@ cdef extern from "kernels/pattern.hpp" namespace "spcache" nogil:
     bool c_all_finite "spcache::all_finite"[R](const R*, int64_t)
     void c_asymmetry "spcache::asymmetry"[T](const CPairs&, bool, const T*, double*, double*)
     bool c_positive_hermitian "spcache::positive_hermitian"[T](const CPairs&, double, const T*)
-    void gather_outer[T](int64_t, const int32_t*, const int32_t*, Mirror, bool, int64_t, const T*, const T*, T*)
+    void gather_outer(Dtype, const CPairs*, int64_t, const int32_t*, const int32_t*, Mirror, bool, int64_t, int64_t, int64_t,
+                      int64_t, const void*, const void*, void*)
     void apply_entries[T](int64_t, const int32_t*, const int32_t*, Mirror, bool, bool, int64_t, const T*, const T*, T*)
 
 
@@ -323,24 +325,12 @@ cdef class Entries:
               int dtype, int mirror, bool one_triangle):
         """out[b, k] = -u[b, row_k] . conj(w[b, column_k]) in the convention of `mirror` (0 none, 1 transposed,
         2 conjugated); u is [batch, m, width], w is [batch, n, width], out is [batch, nnz]."""
-        cdef int64_t nnz = self.rows.shape[0], e
+        cdef const CPairs* pairs = &self.pairs if self.paired and mirror and not one_triangle else NULL
         cdef const int32_t* row = data32(self.rows)
         cdef const int32_t* column = data32(self.columns)
         with nogil:
-            for e in range(batch):
-                if dtype == 0:
-                    gather_outer[float](nnz, row, column, <Mirror> mirror, one_triangle, width,
-                                        <float*> u + e * m * width, <float*> w + e * n * width, <float*> out + e * nnz)
-                elif dtype == 1:
-                    gather_outer[double](nnz, row, column, <Mirror> mirror, one_triangle, width,
-                                         <double*> u + e * m * width, <double*> w + e * n * width,
-                                         <double*> out + e * nnz)
-                elif dtype == 2:
-                    gather_outer[c64](nnz, row, column, <Mirror> mirror, one_triangle, width,
-                                      <c64*> u + e * m * width, <c64*> w + e * n * width, <c64*> out + e * nnz)
-                else:
-                    gather_outer[c128](nnz, row, column, <Mirror> mirror, one_triangle, width,
-                                       <c128*> u + e * m * width, <c128*> w + e * n * width, <c128*> out + e * nnz)
+            gather_outer(<Dtype> dtype, pairs, self.rows.shape[0], row, column, <Mirror> mirror, one_triangle, batch, m, n,
+                         width, <void*> u, <void*> w, <void*> out)
 
     def matvec(self, uintptr_t values, int64_t stride, uintptr_t x, int64_t n, uintptr_t y, int64_t m, int64_t batch,
                int64_t width, int dtype, int mirror, bool one_triangle, bool adjoint):

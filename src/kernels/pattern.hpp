@@ -172,6 +172,14 @@ inline bool positive_hermitian(const Pairs& p, double tolerance, const T* values
 
 enum Mirror : int32_t { NONE = 0, TRANSPOSED = 1, CONJUGATED = 2 };
 
+// a . conj(b)
+template <class T>
+inline T row_product(const T* a, const T* b, int64_t width) {
+  T sum = a[0] * conj(b[0]);
+  for (int64_t r = 1; r < width; r++) sum += a[r] * conj(b[r]);
+  return sum;
+}
+
 // The gradient at the caller's entries, in the convention of the kind (the table in docs/architecture.md):
 //   G(i, j) = -sum_r u[i, r] conj(w[j, r]);  out[k] = G(i, j), or weight * (G(i, j) + G(j, i) mirrored)
 // with weight 1/2, and 1 off the diagonal where only one triangle is stored.
@@ -196,12 +204,53 @@ inline void gather_outer(int64_t nnz, const int32_t* row, const int32_t* column,
   if (width == 1)
     gather([=](int64_t i, int64_t j) { return u[i] * conj(w[j]); });
   else
-    gather([=](int64_t i, int64_t j) {
-      const T *a = u + i * width, *b = w + j * width;
-      T sum = a[0] * conj(b[0]);
-      for (int64_t r = 1; r < width; r++) sum += a[r] * conj(b[r]);
-      return sum;
-    });
+    gather([=](int64_t i, int64_t j) { return row_product(u + i * width, w + j * width, width); });
+}
+
+// The same where both triangles are stored, pair by pair: down each column, and every product once for all its entries.
+template <class T>
+inline void gather_outer(const Pairs& p, Mirror mirror, int64_t width, const T* u, const T* w, T* out) {
+  auto gather = [&](auto product, auto reflect) {
+    for (int64_t s = 0; s < p.slots; s++) {
+      const int64_t i = p.row[s], j = p.column[s];
+      const T g = Real<T>(-0.5) * (product(i, j) + reflect(product(j, i))), mirrored = reflect(g);
+      if (p.lower) {
+        out[p.upper[s]] = mirrored;
+        out[p.lower[s]] = g;
+      } else {
+        int64_t e = p.begin[2 * s];
+        for (; e < p.begin[2 * s + 1]; e++) out[p.source[e]] = g;
+        for (; e < p.begin[2 * s + 2]; e++) out[p.source[e]] = mirrored;
+      }
+    }
+  };
+  auto products = [&](auto reflect) {
+    if (width == 1) gather([=](int64_t i, int64_t j) { return u[i] * conj(w[j]); }, reflect);
+    else gather([=](int64_t i, int64_t j) { return row_product(u + i * width, w + j * width, width); }, reflect);
+  };
+  if (mirror == CONJUGATED) products([](T other) { return conj(other); });
+  else products([](T other) { return other; });
+}
+
+// Either, for a batch of u [batch, m, width], w [batch, n, width] and out [batch, nnz].
+inline void gather_outer(Dtype dtype, const Pairs* pairs, int64_t nnz, const int32_t* row, const int32_t* column,
+                         Mirror mirror, bool one_triangle, int64_t batch, int64_t m, int64_t n, int64_t width, const void* u,
+                         const void* w, void* out) {
+  auto gather = [&](auto zero) {
+    using T = decltype(zero);
+    for (int64_t e = 0; e < batch; e++) {
+      const T *a = static_cast<const T*>(u) + e * m * width, *b = static_cast<const T*>(w) + e * n * width;
+      T* to = static_cast<T*>(out) + e * nnz;
+      if (pairs) gather_outer(*pairs, mirror, width, a, b, to);
+      else gather_outer(nnz, row, column, mirror, one_triangle, width, a, b, to);
+    }
+  };
+  switch (dtype) {
+    case FLOAT32: return gather(float());
+    case FLOAT64: return gather(double());
+    case COMPLEX64: return gather(Complex<float>());
+    default: return gather(Complex<double>());
+  }
 }
 
 // y += S x, or S^H x where adjoint, in the convention of the kind; x and y have `width` columns.
