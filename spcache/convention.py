@@ -33,11 +33,13 @@ class Convention:
         pattern: where the values stand.
         mirror: NONE, TRANSPOSED or CONJUGATED.
         one_triangle: only one triangle is stored, and mirrored.
+        threads: the most threads that `outer` uses; None: as many as torch.
     """
 
     pattern: Pattern
     mirror: int
     one_triangle: bool
+    threads: int | None = None
 
     def outer(self, u: Tensor, w: Tensor, vector: bool = False) -> Tensor:
         """Gradient at the stored values of the gradient G = -u w^H at S: G_ij, or w_k (G_ij + G~_ji).
@@ -55,7 +57,7 @@ class Convention:
             pairs = self.mirror != NONE and not self.one_triangle
             (self.pattern.paired if pairs else self.pattern.entries).outer(
                 u.data_ptr(), w.data_ptr(), out.data_ptr(), math.prod(batch), self.pattern.m, self.pattern.n, width,
-                DTYPE_CODES[u.dtype], self.mirror, self.one_triangle,
+                DTYPE_CODES[u.dtype], self.mirror, self.one_triangle, self.threads or torch.get_num_threads(),
             )  # fmt: skip
         return out
 

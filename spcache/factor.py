@@ -78,7 +78,7 @@ class NumericFactor:
             values.shape[:-1] == self.batch_shape
             and values.dtype == self.dtype
             and values.is_cpu
-            and self._copy.equals(values.data_ptr(), values.nbytes)
+            and self._copy.equals(values.data_ptr(), values.nbytes, self._threads or torch.get_num_threads())
         )
 
     def solve(self, b: Tensor, vector: bool, adjoint: bool) -> Tensor:
@@ -174,7 +174,7 @@ class Pool:
         threads = self.threads or torch.get_num_threads()
         start = perf_counter()
         # Factored from the copy: whoever changes the values meanwhile cannot make the two differ.
-        copy.keep(values.data_ptr(), values.nbytes)
+        copy.keep(values.data_ptr(), values.nbytes, threads)
         storage.factorize(self.assembly, copy.address, values.shape[-1], check, template, threads)
         stats = self.stats
         stats.seconds["factorize"] += perf_counter() - start

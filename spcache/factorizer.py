@@ -68,7 +68,7 @@ class Factorizer:
         self._pairs: dict[torch.device, Pairs] = {}
         self._held: NumericFactor | None = None
         mirror = {"spd": CONJUGATED, "hermitian": CONJUGATED, "symmetric": TRANSPOSED}.get(self._kind, NONE)
-        self.convention = Convention(pattern, mirror, options["triangle"] is not None)
+        self.convention = Convention(pattern, mirror, options["triangle"] is not None, options["threads"])
 
     def copy(self, stats: Stats | None = None) -> Factorizer:
         """Shares the pattern and the plans; counters (unless they are given) and factors start anew."""
@@ -394,9 +394,17 @@ class Factorizer:
 
     # --- checks --------------------------------------------------------------------------------------------------
 
+    @property
+    def _threads(self) -> int:
+        return self.options["threads"] or torch.get_num_threads()
+
     def require_finite(self, name: str, t: Tensor) -> None:
         t = plain(t)
-        if all_finite(t.data_ptr(), t.numel(), DTYPE_CODES[t.dtype]) if t.is_cpu else bool(torch.isfinite(t).all()):
+        if t.is_cpu:
+            finite = all_finite(t.data_ptr(), t.numel(), DTYPE_CODES[t.dtype], self._threads)
+        else:
+            finite = bool(torch.isfinite(t).all())
+        if finite:
             return
         t = t.detach()
         first = tuple((~torch.isfinite(t)).nonzero()[0].tolist())
@@ -410,7 +418,7 @@ class Factorizer:
         nnz = self.pattern.nnz
         found = self.pattern.paired.asymmetric(
             values.data_ptr(), values.numel() // nnz, nnz, DTYPE_CODES[values.dtype],
-            self.convention.mirror == CONJUGATED, _ASYMMETRY,
+            self.convention.mirror == CONJUGATED, _ASYMMETRY, self._threads,
         )  # fmt: skip
         if found:
             self._check_asymmetry(values, *found)

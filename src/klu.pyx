@@ -18,6 +18,12 @@ from klu cimport (
     KLU_INVALID, KLU_MAIN_VERSION, KLU_OK, KLU_SUB_VERSION, KLU_SUBSUB_VERSION, Analysis, CAssembly, Dtype, Factors,
     SuiteSparse_version, analyze,
 )
+from threads cimport Workers
+
+
+def use_workers(uintptr_t address):
+    """Takes threads from there (_pattern.workers) from now on."""
+    Workers.adopt(<Workers*> address)
 
 
 def suitesparse():

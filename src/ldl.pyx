@@ -12,6 +12,8 @@ from libcpp.vector cimport vector
 
 import numpy
 
+from threads cimport Workers
+
 
 cdef extern from "kernels/multifrontal.hpp" namespace "spcache" nogil:
     ctypedef int Dtype
@@ -97,6 +99,11 @@ cdef int check_lower(int64_t[::1] indptr, int32_t[::1] indices, int64_t n) excep
     if not sound:
         raise ValueError("indptr and indices are not the columns of a lower triangle")
     return 0
+
+
+def use_workers(uintptr_t address):
+    """Takes threads from there (_pattern.workers) from now on."""
+    Workers.adopt(<Workers*> address)
 
 
 def magnitudes(assembly, uintptr_t values, int64_t nnz, int dtype, int64_t slots):

@@ -22,6 +22,8 @@ from metis cimport IDXTYPEWIDTH, METIS_OK, METIS_VER_MAJOR, METIS_VER_MINOR, MET
 
 import numpy
 
+from threads cimport Workers
+
 
 cdef extern from *:
     """
@@ -162,6 +164,11 @@ LIBRARIES = {  # what this was built with
 cdef int LAYOUTS = 6  # the four scalar types, and the two real ones of matrices side by side
 cdef int ITEMSIZE[4]
 ITEMSIZE[:] = [4, 8, 8, 16]
+
+
+def use_workers(uintptr_t address):
+    """Takes threads from there (_pattern.workers) from now on."""
+    Workers.adopt(<Workers*> address)
 
 
 def best_simd():

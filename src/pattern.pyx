@@ -7,11 +7,12 @@ Scalar types are the codes 0 float32, 1 float64, 2 complex64, 3 complex128.
 cimport cython
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcmp, memcpy
 from libcpp cimport bool
 from libcpp.vector cimport vector
 
 import numpy
+
+from threads cimport Workers
 
 
 cdef extern from "kernels/pattern.hpp" namespace "spcache" nogil:
@@ -42,11 +43,16 @@ cdef extern from "kernels/pattern.hpp" namespace "spcache" nogil:
                                            int64_t*, int32_t*, int32_t*) except +
     void sort_contributions(int64_t, const int32_t*, const int32_t*, const uint8_t*, const int32_t*,
                             const int64_t*, int64_t, int64_t*, int32_t*, uint32_t*) except +
-    bool c_all_finite "spcache::all_finite"[R](const R*, int64_t)
-    void c_asymmetry "spcache::asymmetry"[T](const CPairs&, bool, const T*, double*, double*)
+    cdef struct CAsymmetry "spcache::Asymmetry":
+        double difference, largest
+    bool c_all_finite "spcache::all_finite"(Dtype, const void*, int64_t, int)
+    void c_copy "spcache::copy"(const char*, int64_t, char*, int)
+    bool c_equal "spcache::equal"(const char*, const char*, int64_t, int)
+    CAsymmetry c_asymmetry "spcache::asymmetry"(Dtype, const CPairs&, bool, const void*, int)
+    int64_t first_asymmetric(Dtype, const CPairs&, bool, const void*, int64_t, double, int)
     bool c_positive_hermitian "spcache::positive_hermitian"[T](const CPairs&, double, const T*)
     void gather_outer(Dtype, const CPairs*, int64_t, const int32_t*, const int32_t*, Mirror, bool, int64_t, int64_t, int64_t,
-                      int64_t, const void*, const void*, void*)
+                      int64_t, const void*, const void*, void*, int)
     void apply_entries[T](int64_t, const int32_t*, const int32_t*, Mirror, bool, bool, int64_t, const T*, const T*, T*)
 
 
@@ -76,17 +82,17 @@ def compress(int32_t[::1] rows, int32_t[::1] columns, int64_t m, int64_t n):
     return indptr_array, indices_array[:count].copy(), slot_array
 
 
-def all_finite(uintptr_t address, int64_t count, int dtype):
+def all_finite(uintptr_t address, int64_t count, int dtype, int threads=1):
     """Whether `count` numbers of the given scalar type are all finite."""
     cdef bool result
-    if dtype >= 2:  # complex: twice as many reals
-        count *= 2
     with nogil:
-        if dtype == 0 or dtype == 2:
-            result = c_all_finite[float](<const float*> address, count)
-        else:
-            result = c_all_finite[double](<const double*> address, count)
+        result = c_all_finite(<Dtype> dtype, <const void*> address, count, threads)
     return result
+
+
+def workers():
+    """Address of the threads that wait for work; other native modules use them too."""
+    return <uintptr_t> &Workers.all()
 
 
 cdef class ValuesCopy:
@@ -101,7 +107,7 @@ cdef class ValuesCopy:
     def address(self):
         return <uintptr_t> self.buffer
 
-    def keep(self, uintptr_t address, int64_t nbytes):
+    def keep(self, uintptr_t address, int64_t nbytes, int threads=1):
         if nbytes != self.nbytes or self.buffer == NULL:
             free(self.buffer)
             self.nbytes = 0
@@ -110,20 +116,19 @@ cdef class ValuesCopy:
                 raise MemoryError
             self.nbytes = nbytes
         with nogil:
-            if nbytes:  # nothing may have no address
-                memcpy(self.buffer, <const void*> address, nbytes)
+            c_copy(<const char*> address, nbytes, <char*> self.buffer, threads)
 
     def finite(self, int64_t part, int64_t parts, int dtype):
         """Whether the numbers of one of `parts` equal parts are all finite."""
         cdef int64_t size = self.nbytes // parts
         return all_finite(<uintptr_t> self.buffer + part * size, size // (4, 8, 8, 16)[dtype], dtype)
 
-    def equals(self, uintptr_t address, int64_t nbytes):
+    def equals(self, uintptr_t address, int64_t nbytes, int threads=1):
         """Bitwise equality; stops at the first difference."""
         cdef bool result = False
         if self.buffer != NULL and nbytes == self.nbytes:
             with nogil:
-                result = nbytes == 0 or memcmp(self.buffer, <const void*> address, nbytes) == 0
+                result = nbytes == 0 or c_equal(<const char*> self.buffer, <const char*> address, nbytes, threads)
         return result
 
 
@@ -272,39 +277,25 @@ cdef class Entries:
             raise ValueError("entries are not paired, or the values have another length")
         return 0
 
-    cdef void measure(self, const char* values, int dtype, bool hermitian, double* difference, double* largest) noexcept nogil:
-        if dtype == 0:
-            c_asymmetry[float](self.pairs, hermitian, <const float*> values, difference, largest)
-        elif dtype == 1:
-            c_asymmetry[double](self.pairs, hermitian, <const double*> values, difference, largest)
-        elif dtype == 2:
-            c_asymmetry[c64](self.pairs, hermitian, <const c64*> values, difference, largest)
-        else:
-            c_asymmetry[c128](self.pairs, hermitian, <const c128*> values, difference, largest)
-
-    def asymmetry(self, uintptr_t values, int64_t nnz, int dtype, bool hermitian):
+    def asymmetry(self, uintptr_t values, int64_t nnz, int dtype, bool hermitian, int threads=1):
         """(largest |a_ij - a_ji|, largest |a_ij|) on summed entries; conjugated where hermitian."""
-        cdef double difference = 0, largest = 0
+        cdef CAsymmetry found
         self.check(nnz)
         with nogil:
-            self.measure(<const char*> values, dtype, hermitian, &difference, &largest)
-        return difference, largest
+            found = c_asymmetry(<Dtype> dtype, self.pairs, hermitian, <const void*> values, threads)
+        return found.difference, found.largest
 
-    def asymmetric(self, uintptr_t values, int64_t batch, int64_t nnz, int dtype, bool hermitian, double allowed):
+    def asymmetric(self, uintptr_t values, int64_t batch, int64_t nnz, int dtype, bool hermitian, double allowed,
+                   int threads=1):
         """(e, *asymmetry) of the first matrix e of values [batch, nnz] whose difference exceeds allowed times its largest
         entry; None where there is none."""
-        cdef double difference = 0, largest = 0
-        cdef int64_t e, size = nnz * (4, 8, 8, 16)[dtype]
-        cdef bool found = False
+        cdef int64_t e
         self.check(nnz)
         with nogil:
-            for e in range(batch):
-                difference = largest = 0
-                self.measure(<const char*> values + e * size, dtype, hermitian, &difference, &largest)
-                found = difference > allowed * largest
-                if found:
-                    break
-        return (e, difference, largest) if found else None
+            e = first_asymmetric(<Dtype> dtype, self.pairs, hermitian, <const void*> values, batch, allowed, threads)
+        if e < 0:
+            return None
+        return e, *self.asymmetry(values + e * nnz * (4, 8, 8, 16)[dtype], nnz, dtype, hermitian)
 
     def positive_hermitian(self, uintptr_t values, int64_t nnz, int dtype, double tolerance):
         """Whether a_ii > 0 and |a_ij - conj(a_ji)| <= tolerance * sqrt(a_ii a_jj), on summed entries."""
@@ -322,7 +313,7 @@ cdef class Entries:
         return result
 
     def outer(self, uintptr_t u, uintptr_t w, uintptr_t out, int64_t batch, int64_t m, int64_t n, int64_t width,
-              int dtype, int mirror, bool one_triangle):
+              int dtype, int mirror, bool one_triangle, int threads=1):
         """out[b, k] = -u[b, row_k] . conj(w[b, column_k]) in the convention of `mirror` (0 none, 1 transposed,
         2 conjugated); u is [batch, m, width], w is [batch, n, width], out is [batch, nnz]."""
         cdef const CPairs* pairs = &self.pairs if self.paired and mirror and not one_triangle else NULL
@@ -330,7 +321,7 @@ cdef class Entries:
         cdef const int32_t* column = data32(self.columns)
         with nogil:
             gather_outer(<Dtype> dtype, pairs, self.rows.shape[0], row, column, <Mirror> mirror, one_triangle, batch, m, n,
-                         width, <void*> u, <void*> w, <void*> out)
+                         width, <void*> u, <void*> w, <void*> out, threads)
 
     def matvec(self, uintptr_t values, int64_t stride, uintptr_t x, int64_t n, uintptr_t y, int64_t m, int64_t batch,
                int64_t width, int dtype, int mirror, bool one_triangle, bool adjoint):

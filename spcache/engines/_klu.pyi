@@ -7,6 +7,7 @@ from .._pattern import Assembly
 ORDERINGS: tuple[str, ...]
 LIBRARIES: dict[str, str]
 
+def use_workers(address: int) -> None: ...
 def suitesparse() -> str: ...
 
 class Symbolic:

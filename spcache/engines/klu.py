@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .._pattern import Assembly
+from .._pattern import Assembly, workers
 from . import _klu
 from .protocol import Failure, Structure
 
 __all__ = ["LIBRARIES", "ORDERINGS", "Storage", "SymbolicFactor", "analyze", "variant"]
+
+_klu.use_workers(workers())
 
 LIBRARIES = _klu.LIBRARIES
 ORDERINGS = ("auto", *_klu.ORDERINGS)

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .._pattern import Assembly, compress
+from .._pattern import Assembly, compress, workers
 from . import _ldl, _multifrontal, multifrontal
 from .protocol import Failure, Structure
 
 __all__ = ["ORDERINGS", "Storage", "SymbolicFactor", "analyze", "assembly", "magnitudes", "pairing", "variant"]
+
+_ldl.use_workers(workers())
 
 ORDERINGS = multifrontal.ORDERINGS
 variant = multifrontal.variant

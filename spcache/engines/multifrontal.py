@@ -8,12 +8,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .._pattern import Assembly
+from .._pattern import Assembly, workers
 from . import _multifrontal
 from ._multifrontal import Elimination
 from .protocol import Failure, Structure
 
 __all__ = ["LIBRARIES", "ORDERINGS", "SymbolicFactor", "analyze", "instruction_sets", "variant"]
+
+_multifrontal.use_workers(workers())
 
 LIBRARIES = _multifrontal.LIBRARIES
 

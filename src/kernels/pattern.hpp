@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "assembly.hpp"
+#include "threads.hpp"
 
 namespace spcache {
 
@@ -113,10 +114,18 @@ inline T sum_entries(const int32_t* source, int64_t from, int64_t to, const T* v
   return sum;
 }
 
-// Raises difference to the largest |a_ij - a_ji| (conjugated where hermitian), largest to the largest |a_ij|, on summed
-// entries.
+// How far values are from symmetric.
+struct Asymmetry {
+  double difference = 0, largest = 0;  // largest |a_ij - a_ji| (conjugated where Hermitian) and |a_ij|, on summed entries
+  void merge(double d, double l) {
+    difference = d > difference ? d : difference;
+    largest = l > largest ? l : largest;
+  }
+};
+
+// Those of slots begin .. end.
 template <class T>
-inline void asymmetry(const Pairs& p, bool hermitian, const T* values, double* difference, double* largest) {
+inline Asymmetry asymmetry(const Pairs& p, bool hermitian, const T* values, int64_t begin, int64_t end) {
   constexpr int64_t CHAINS = 4, FAR = 32;  // maxima that do not wait for each other; slots to prefetch ahead
   Real<T> worst[CHAINS] = {}, top[CHAINS] = {}, other[CHAINS] = {};
   auto raise = [](Real<T>& bound, T z) { Real<T> size = abs(z); bound = size > bound ? size : bound; };
@@ -126,26 +135,99 @@ inline void asymmetry(const Pairs& p, bool hermitian, const T* values, double* d
     raise(worst[chain], lower - (hermitian ? conj(upper) : upper));
   };
   if (p.lower) {
-    int64_t s = 0;
-    for (; s + FAR < p.slots; s += CHAINS)
+    int64_t s = begin;
+    for (; s + FAR < end; s += CHAINS)
       for (int64_t c = 0; c < CHAINS; c++) {
         __builtin_prefetch(values + p.upper[s + c + FAR - CHAINS]);
         compare(c, values[p.lower[s + c]], values[p.upper[s + c]]);
       }
-    for (; s < p.slots; s++) compare(0, values[p.lower[s]], values[p.upper[s]]);
+    for (; s < end; s++) compare(0, values[p.lower[s]], values[p.upper[s]]);
   } else {
-    for (int64_t s = 0; s < p.slots; s++) {
+    for (int64_t s = begin; s < end; s++) {
       const int64_t b = p.begin[2 * s], m = p.begin[2 * s + 1], e = p.begin[2 * s + 2];
       const T lower = m > b ? sum_entries(p.source, b, m, values) : T(0);
       if (p.row[s] == p.column[s]) compare(0, lower, lower);
       else compare(0, lower, e > m ? sum_entries(p.source, m, e, values) : T(0));
     }
   }
-  for (int64_t c = 0; c < CHAINS; c++) {
-    *difference = *difference > worst[c] ? *difference : worst[c];
-    *largest = *largest > top[c] ? *largest : top[c];
-    *largest = *largest > other[c] ? *largest : other[c];
+  Asymmetry found;
+  for (int64_t c = 0; c < CHAINS; c++) found.merge(worst[c], top[c] > other[c] ? top[c] : other[c]);
+  return found;
+}
+
+// --- the same and other passes over values of any type, shared by threads where they are many ---
+
+constexpr int64_t FEW = 1 << 13;         // entries that are gathered before another thread has begun
+constexpr int64_t FEW_BYTES = 1 << 19;   // bytes that are only read or copied
+
+// Calls pass(T()) for the type that `dtype` names.
+template <class Pass>
+auto with_type(Dtype dtype, Pass pass) {
+  switch (dtype) {
+    case FLOAT32: return pass(float());
+    case FLOAT64: return pass(double());
+    case COMPLEX64: return pass(Complex<float>());
+    default: return pass(Complex<double>());
   }
+}
+
+inline bool all_finite(Dtype dtype, const void* values, int64_t count, int threads) {
+  std::atomic<bool> finite{true};
+  with_type(dtype, [&](auto zero) {
+    using R = Real<decltype(zero)>;
+    const int64_t reals = sizeof(zero) / sizeof(R), size = FEW_BYTES / int64_t(sizeof(R));
+    share_ranges(count * reals, size, threads, [&](int64_t begin, int64_t end) {
+      if (!all_finite(static_cast<const R*>(values) + begin, end - begin)) finite = false;
+    });
+  });
+  return finite;
+}
+
+inline void copy(const char* from, int64_t count, char* to, int threads) {
+  share_ranges(count, FEW_BYTES, threads, [&](int64_t begin, int64_t end) { memcpy(to + begin, from + begin, end - begin); });
+}
+
+// Stops soon after the first difference, which is where other values are compared almost always near the beginning.
+inline bool equal(const char* a, const char* b, int64_t count, int threads) {
+  const int64_t first = count < 4096 ? count : 4096;
+  if (memcmp(a, b, first)) return false;
+  std::atomic<bool> same{true};
+  share_ranges(count - first, FEW_BYTES, threads, [&](int64_t begin, int64_t end) {
+    if (same && memcmp(a + first + begin, b + first + begin, end - begin)) same = false;
+  });
+  return same;
+}
+
+inline Asymmetry asymmetry(Dtype dtype, const Pairs& p, bool hermitian, const void* values, int threads) {
+  Asymmetry found;
+  std::mutex mutex;
+  with_type(dtype, [&](auto zero) {
+    share_ranges(p.slots, FEW, threads, [&](int64_t begin, int64_t end) {
+      const Asymmetry part = asymmetry(p, hermitian, static_cast<const decltype(zero)*>(values), begin, end);
+      std::lock_guard<std::mutex> lock(mutex);
+      found.merge(part.difference, part.largest);
+    });
+  });
+  return found;
+}
+
+// The first matrix of values [batch, nnz] whose difference exceeds `allowed` times its largest entry, or -1.
+inline int64_t first_asymmetric(Dtype dtype, const Pairs& p, bool hermitian, const void* values, int64_t batch,
+                                double allowed, int threads) {
+  std::atomic<int64_t> first{INT64_MAX};
+  with_type(dtype, [&](auto zero) {
+    share_ranges(batch, 1 + FEW / (p.slots + 1), batch > 1 ? threads : 1, [&](int64_t begin, int64_t end) {
+      for (int64_t e = begin; e < end; e++) {
+        const auto* matrix = static_cast<const decltype(zero)*>(values) + e * p.nnz;
+        const Asymmetry found = batch > 1 ? asymmetry(p, hermitian, matrix, 0, p.slots)
+                                          : asymmetry(dtype, p, hermitian, matrix, threads);
+        if (!(found.difference > allowed * found.largest)) continue;
+        int64_t seen = first;
+        while (e < seen && !first.compare_exchange_weak(seen, e)) {}
+      }
+    });
+  });
+  return first == INT64_MAX ? -1 : first.load();
 }
 
 // Whether the values are Hermitian to rounding with a positive diagonal:
@@ -182,20 +264,20 @@ inline T row_product(const T* a, const T* b, int64_t width) {
 
 // The gradient at the caller's entries, in the convention of the kind (the table in docs/architecture.md):
 //   G(i, j) = -sum_r u[i, r] conj(w[j, r]);  out[k] = G(i, j), or weight * (G(i, j) + G(j, i) mirrored)
-// with weight 1/2, and 1 off the diagonal where only one triangle is stored.
+// with weight 1/2, and 1 off the diagonal where only one triangle is stored. For entries begin .. end.
 template <class T>
-inline void gather_outer(int64_t nnz, const int32_t* row, const int32_t* column, Mirror mirror, bool one_triangle,
-                         int64_t width, const T* u, const T* w, T* out) {
+inline void gather_outer(int64_t begin, int64_t end, const int32_t* row, const int32_t* column, Mirror mirror,
+                         bool one_triangle, int64_t width, const T* u, const T* w, T* out) {
   auto gather = [=](auto product) {
     auto mirrored = [=](auto reflect) {
-      for (int64_t k = 0; k < nnz; k++) {
+      for (int64_t k = begin; k < end; k++) {
         const int64_t i = row[k], j = column[k];
         const T sum = product(i, j) + reflect(product(j, i));
         out[k] = one_triangle && i != j ? -sum : Real<T>(-0.5) * sum;
       }
     };
     if (mirror == NONE)
-      for (int64_t k = 0; k < nnz; k++) out[k] = -product(row[k], column[k]);
+      for (int64_t k = begin; k < end; k++) out[k] = -product(row[k], column[k]);
     else if (mirror == CONJUGATED)
       mirrored([](T other) { return conj(other); });
     else
@@ -209,9 +291,10 @@ inline void gather_outer(int64_t nnz, const int32_t* row, const int32_t* column,
 
 // The same where both triangles are stored, pair by pair: down each column, and every product once for all its entries.
 template <class T>
-inline void gather_outer(const Pairs& p, Mirror mirror, int64_t width, const T* u, const T* w, T* out) {
+inline void gather_outer(const Pairs& p, int64_t begin, int64_t end, Mirror mirror, int64_t width, const T* u, const T* w,
+                         T* out) {
   auto gather = [&](auto product, auto reflect) {
-    for (int64_t s = 0; s < p.slots; s++) {
+    for (int64_t s = begin; s < end; s++) {
       const int64_t i = p.row[s], j = p.column[s];
       const T g = Real<T>(-0.5) * (product(i, j) + reflect(product(j, i))), mirrored = reflect(g);
       if (p.lower) {
@@ -235,22 +318,21 @@ inline void gather_outer(const Pairs& p, Mirror mirror, int64_t width, const T* 
 // Either, for a batch of u [batch, m, width], w [batch, n, width] and out [batch, nnz].
 inline void gather_outer(Dtype dtype, const Pairs* pairs, int64_t nnz, const int32_t* row, const int32_t* column,
                          Mirror mirror, bool one_triangle, int64_t batch, int64_t m, int64_t n, int64_t width, const void* u,
-                         const void* w, void* out) {
-  auto gather = [&](auto zero) {
+                         const void* w, void* out, int threads) {
+  const int64_t items = pairs ? pairs->slots : nnz, size = std::max<int64_t>(1, FEW / width);
+  const int64_t ranges = (items + size - 1) / size, together = std::max<int64_t>(1, size / std::max<int64_t>(1, items));
+  with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    for (int64_t e = 0; e < batch; e++) {
-      const T *a = static_cast<const T*>(u) + e * m * width, *b = static_cast<const T*>(w) + e * n * width;
-      T* to = static_cast<T*>(out) + e * nnz;
-      if (pairs) gather_outer(*pairs, mirror, width, a, b, to);
-      else gather_outer(nnz, row, column, mirror, one_triangle, width, a, b, to);
-    }
-  };
-  switch (dtype) {
-    case FLOAT32: return gather(float());
-    case FLOAT64: return gather(double());
-    case COMPLEX64: return gather(Complex<float>());
-    default: return gather(Complex<double>());
-  }
+    share_ranges(batch * ranges, together, threads, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; i++) {
+        const int64_t e = i / ranges, begin = i % ranges * size, end = std::min(items, begin + size);
+        const T *a = static_cast<const T*>(u) + e * m * width, *b = static_cast<const T*>(w) + e * n * width;
+        T* to = static_cast<T*>(out) + e * nnz;
+        if (pairs) gather_outer(*pairs, begin, end, mirror, width, a, b, to);
+        else gather_outer(begin, end, row, column, mirror, one_triangle, width, a, b, to);
+      }
+    });
+  });
 }
 
 // y += S x, or S^H x where adjoint, in the convention of the kind; x and y have `width` columns.

@@ -91,7 +91,10 @@ class Worker {
 // Idle workers. Lives as long as the process; a forked child, which has none of them, begins anew.
 class Workers {
  public:
+  // Those of another native module, for the calls of this one: each has its own until it is told.
+  static void adopt(Workers* workers) { adopted() = workers; }
   static Workers& all() {
+    if (adopted()) return *adopted();
     alignas(Workers) static unsigned char memory[sizeof(Workers)];
     static Workers* const first = [] {
       pthread_atfork([] { instance()->mutex_.lock(); }, [] { instance()->mutex_.unlock(); },
@@ -121,6 +124,10 @@ class Workers {
   }
 
  private:
+  static Workers*& adopted() {
+    static Workers* adopted = nullptr;
+    return adopted;
+  }
   static Workers*& instance() {
     static Workers* instance = nullptr;
     return instance;
@@ -171,6 +178,12 @@ class Crew {
 template <class Work>
 void share(int64_t count, int threads, Work work) {
   Crew(int(std::min<int64_t>(threads, count))).share(count, work);
+}
+
+// Calls work(begin, end) for the ranges that `count` items are cut into, each of `size` items.
+template <class Work>
+void share_ranges(int64_t count, int64_t size, int threads, Work work) {
+  share((count + size - 1) / size, threads, [&](int64_t i, int) { work(i * size, std::min(count, (i + 1) * size)); });
 }
 
 }  // namespace spcache
