@@ -139,11 +139,41 @@ bool check(int side, Dtype dtype, bool dense = false) {
   return equal;
 }
 
+// The passes over values: of a full matrix of order n, twice, the second with one entry that breaks symmetry.
+bool check_passes(int n) {
+  std::vector<int32_t> row, column, diagonal, lower, upper;
+  for (int j = 0; j < n; j++)
+    for (int i = j; i < n; i++) {
+      if (i == j) diagonal.push_back(int32_t(row.size()));
+      row.push_back(i), column.push_back(j), lower.push_back(i + j * n), upper.push_back(j + i * n);
+    }
+  const int64_t nnz = int64_t(n) * n;
+  const Pairs pairs{nnz, int64_t(row.size()), n, nullptr, nullptr, row.data(), column.data(), diagonal.data(), lower.data(),
+                    upper.data()};
+  std::vector<double> values(2 * nnz, 1.0), kept(2 * nnz), u(n, 2.0), w(n, 3.0), out(nnz);
+  values[2 * nnz - 2] = 7;
+  bool good = true;
+  for (int threads = 1; threads <= 3; threads++) {
+    const int64_t bytes = 2 * nnz * int64_t(sizeof(double));
+    const char* from = reinterpret_cast<const char*>(values.data());
+    char* to = reinterpret_cast<char*>(kept.data());
+    copy(from, bytes, to, threads);
+    good &= equal(from, to, bytes, threads) && all_finite(FLOAT64, values.data(), 2 * nnz, threads);
+    kept.back() = NAN;
+    good &= !equal(from, to, bytes, threads) && !all_finite(FLOAT64, kept.data(), 2 * nnz, threads);
+    good &= first_asymmetric(FLOAT64, pairs, true, values.data(), 2, 0.1, threads) == 1;
+    good &= asymmetry(FLOAT64, pairs, true, values.data() + nnz, threads).difference == 6;
+    gather_outer(FLOAT64, &pairs, nnz, nullptr, nullptr, CONJUGATED, false, 1, n, n, 1, u.data(), w.data(), out.data(), threads);
+    for (double g : out) good &= g == -6;
+  }
+  return good;
+}
+
 }  // namespace
 
 int main() {
   const bool equal = check<double>(120, FLOAT64) & check<float>(150, FLOAT32) & check<Complex<double>>(120, COMPLEX128) &
-                     check<double>(25, FLOAT64, true);
+                     check<double>(25, FLOAT64, true) & check_passes(400);
   std::puts(equal ? "the same bits on any number of threads" : "results differ");
   return equal ? 0 : 1;
 }
