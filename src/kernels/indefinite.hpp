@@ -13,8 +13,8 @@
 
 namespace spcache {
 
-// A pivot is stable where its multipliers are at most 1 / STABLE.
-constexpr double STABLE = 0.1;
+// A pivot is stable where its multipliers are at most 1 / STABLE; in a trial one is left out beyond 1 / TOLERABLE.
+constexpr double STABLE = 0.1, TOLERABLE = 0.01;
 
 // What the pivots of one matrix were like. Merging is order-independent: no schedule changes it.
 struct Report {
@@ -53,6 +53,7 @@ struct Indefinite {
   const void* A;   // [nnz] the scaled lower triangle
   void* panels;    // [Tree::panel[supernodes]] L below the diagonal of 1; on it D^-1, its second entry above
   int32_t* order;  // [n] per front its rows in the order of elimination, counted from 0; ~row where one of two
+  bool trial;      // rows whose pivots are not tolerable are left out: D^-1 = 0 says which
 };
 
 // Scratch memory of a solve, in units of `lanes` elements, aligned to 64 bytes.

@@ -132,13 +132,14 @@ class Pivoting {
   T *X, *Y;                    // columns c and r as they are now, from row j on
   Report& report;
   const int32_t first;         // pivot number of the front's first row
+  const bool trial;
   int64_t J = 0, I = 0, j = 0, end = 0;  // window, inner block, next pivot, end of the window
   int64_t next = 0;            // column to look at first
 
  public:
-  Pivoting(T* panel, int64_t rows, int64_t columns, int32_t* order_, T* work, int32_t first_, Report& report_)
+  Pivoting(T* panel, int64_t rows, int64_t columns, int32_t* order_, T* work, int32_t first_, bool trial_, Report& report_)
       : P(panel), m(rows), k(columns), order(order_), Wc(work), memory(work + (BLOCK + 2) * rows), X(work + BLOCK * rows),
-        Y(X + rows), report(report_), first(first_) {}
+        Y(X + rows), report(report_), first(first_), trial(trial_) {}
 
   static int64_t work_size(int64_t rows) {
     const int64_t packed = W<T> == 1 ? 0 : (rows + TILE_ROWS<T> + rows + NB<T>) * BLOCK;
@@ -271,6 +272,7 @@ class Pivoting {
   }
 
   void take(const Pivot& pivot) {
+    if (trial && pivot.quality < R(TOLERABLE)) return leave_out(pivot.c);
     const double multiplier = pivot.quality > 0 ? 1 / double(pivot.quality) : double(MOST);
     if (multiplier > report.multiplier) report.multiplier = multiplier;
     if (pivot.r < 0) {
@@ -282,6 +284,13 @@ class Pivoting {
       to_front(r, j + 1);
       pair();
     }
+  }
+
+  void leave_out(int64_t c) {
+    to_front(c, j);
+    memset(static_cast<void*>(P + j + j * m), 0, size_t(m - j) * sizeof(T));
+    memset(static_cast<void*>(Wc + j + (j - J) * m), 0, size_t(m - j) * sizeof(T));
+    j++;
   }
 
   void to_front(int64_t from, int64_t to) {
@@ -375,7 +384,8 @@ void factorize_indefinite(const Tree& t, const Scatter& entries, const Indefinit
       const int32_t slot = entries.slot[e];
       front.P[entries.target[e]] += slot >= 0 ? A[slot] : mirrored<T, H>(A[~slot]);
     }
-    Pivoting<T, H>(front.P, front.m, front.k, f.order + t.first[s], static_cast<T*>(scratch.pack), t.first[s], report)
+    Pivoting<T, H>(front.P, front.m, front.k, f.order + t.first[s], static_cast<T*>(scratch.pack), t.first[s],
+                   f.trial, report)
         .factor(front.U);
     front.finish_rest(0, front.u);
   }

@@ -64,6 +64,24 @@ int64_t LdlPlan::nbytes() const {
   return plan.nbytes() + 8 * int64_t(indptr.size() + begin.size()) + 12 * int64_t(slot.size());
 }
 
+int64_t LdlPlan::lift(const char* left_out, int steps, int32_t* order) const {
+  std::vector<std::vector<int32_t>> more(plan.supernodes);
+  int64_t moved = 0;
+  int32_t count = 0;
+  for (int32_t s = 0; s < plan.supernodes; s++) {
+    int32_t to = s;
+    for (int step = 0; step < steps && plan.parent[to] >= 0; step++) to = plan.parent[to];
+    for (int32_t j = plan.first[s]; j < plan.first[s + 1]; j++) {
+      const bool lifted = left_out[plan.perm[j]] && to != s;
+      if (lifted) more[to].push_back(plan.perm[j]);
+      else order[count++] = plan.perm[j];
+      moved += lifted;
+    }
+    for (int32_t i : more[s]) order[count++] = i;
+  }
+  return moved;
+}
+
 void LdlWorkspace::Free::operator()(void* p) const { free(p); }
 
 void* LdlWorkspace::allocate(int64_t bytes) {
@@ -109,7 +127,7 @@ class LdlFactorsOf final : public LdlFactors {
   int64_t stored() const { return plan.plan.panel.back(); }
   T mirrored(T a) const { return hermitian ? conj(a) : a; }
   Indefinite matrix(int64_t e) const {
-    return {A.get() + e * nnz(), panels.get() + e * stored(), const_cast<int32_t*>(order.data()) + e * n()};
+    return {A.get() + e * nnz(), panels.get() + e * stored(), const_cast<int32_t*>(order.data()) + e * n(), false};
   }
 
  public:
@@ -134,6 +152,28 @@ class LdlFactorsOf final : public LdlFactors {
       factorize(assembly, static_cast<const T*>(values) + e * assembly.nnz, check, e, schedule, *work[thread],
                 workspaces > 1 ? 1 : threads);
     });
+  }
+
+  bool trial(const Assembly& assembly, const void* values, const Schedule& schedule, LdlWorkspace& work,
+             char* left_out) override {
+    hermitian = complex && assembly.hermitian;
+    failed[0] = 0;
+    memset(static_cast<void*>(A.get()), 0, sizeof(T) * size_t(nnz()));
+    assemble(assembly, 0, static_cast<const T*>(values), A.get());
+    if (not_finite(A.get()) >= 0) return false;
+    equilibrate(A.get(), scale.data());
+    Indefinite f = matrix(0);
+    f.trial = true;
+    factor(f, schedule, work, 1);
+    for (int32_t s = 0; s < plan.plan.supernodes; s++) {
+      const int64_t first = plan.plan.first[s], k = plan.plan.first[s + 1] - first, m = k + plan.plan.row[s + 1] - plan.plan.row[s];
+      for (int64_t j = 0; j < k; j++) {
+        const int32_t o = order[first + j];
+        const T d = panels[plan.plan.panel[s] + j + j * m];
+        left_out[plan.plan.perm[first + (o < 0 ? ~o : o)]] = o >= 0 && part(d) == 0;
+      }
+    }
+    return true;
   }
 
   int64_t solve(int64_t f, const void* b, void* x, int64_t width, bool adjoint, const Schedule& schedule,
