@@ -56,6 +56,74 @@ inline Real<T> largest(const T* x, int64_t count) {
   return most;
 }
 
+template <class T>
+inline __attribute__((always_inline)) V<T> larger(V<T> top, V<T> v) {
+  v = v < -v ? -v : v;
+  return v > top ? v : top;
+}
+
+// Pivots of order 1 that are taken as they come, a diagonal block of them.
+template <class T>
+struct Unpivoted {
+  T w[8][8], l[8][8];  // below the diagonal L D and L
+  T inverse[8];        // of D
+  Real<T> size[8];     // of D
+  Real<T> most[8];     // largest entry of L D below, in the front
+};
+
+// Rows below these pivots: X = C L^-H (C L^-T unless H) = L D goes to W (conjugated unless H).
+template <class T, bool H, int NR>
+void rows_below(const T* C, int64_t ld, int64_t begin, int64_t end, Unpivoted<T>& pivots, T* w) {
+  constexpr bool conjugated = W<T> == 1 && !H;
+  T b[NR][NR];
+  UNROLL for (int c = 0; c < NR; c++)
+    UNROLL for (int p = 0; p < c; p++) b[c][p] = mirrored<T, H>(pivots.l[c][p]);
+  auto strip = [&](int64_t i, auto load, auto store, auto keep) __attribute__((always_inline)) {
+    V<T> x[NR];
+    UNROLL for (int c = 0; c < NR; c++) {
+      x[c] = load(C + i + c * ld);
+      UNROLL for (int p = 0; p < c; p++) x[c] -= x[p] * broadcast(b[c][p]);
+      if constexpr (conjugated) store(w + i + c * ld, conj(x[c]));
+      else store(w + i + c * ld, x[c]);
+      keep(c, x[c]);
+    }
+  };
+  if constexpr (W<T> == 1) {
+    for (int64_t i = begin; i < end; i++)
+      strip(i, [](const T* p) { return *p; }, [](T* p, T x) { *p = x; }, [&](int c, T x) {
+        const Real<T> a = size_of(x);
+        if (a > pivots.most[c]) pivots.most[c] = a;
+      });
+  } else {
+    V<T> top[NR];
+    UNROLL for (int c = 0; c < NR; c++) top[c] = broadcast(T(0));
+    auto keep = [&](int c, V<T> x) __attribute__((always_inline)) { top[c] = larger<T>(top[c], x); };
+    int64_t i = begin;
+    for (; i + W<T> <= end; i += W<T>)
+      strip(i, [](const T* p) { return load(p); }, [](T* p, V<T> x) { store(p, x); }, keep);
+    if (i < end) {
+      const int r = int(end - i);
+      strip(i, [=](const T* p) { return load_part(p, r); }, [=](T* p, V<T> x) { store_part(p, x, r); }, keep);
+    }
+    for (int c = 0; c < NR; c++)
+      for (int l = 0; l < W<T>; l++)
+        if (top[c][l] > pivots.most[c]) pivots.most[c] = top[c][l];
+  }
+}
+
+// y[0:count] = a * x, x conjugated if asked for
+template <class T, bool CONJUGATED>
+void scaled(T a, const T* x, int64_t count, T* y) {
+  const V<T> v = broadcast(a);
+  int64_t i = 0;
+  if constexpr (W<T> == 1) {
+    for (; i < count; i++) y[i] = a * (CONJUGATED ? conj(x[i]) : x[i]);
+  } else {
+    for (; i + W<T> <= count; i += W<T>) store(y + i, load(x + i) * v);
+    if (i < count) store_part(y + i, load_part(x + i, int(count - i)) * v, int(count - i));
+  }
+}
+
 // y[0:count] -= A[count, depth] * conj(b), b with stride ldb.
 template <class T>
 void subtract_columns(const T* A, int64_t lda, int64_t depth, const T* b, int64_t ldb, T* y, int64_t count) {
@@ -156,8 +224,14 @@ class Pivoting {
       J = I = next = j;
       end = k - j < BLOCK ? k : j + BLOCK;
       const bool forced = without >= k - j;
+      int64_t careful = 0;  // pivots to be looked for one by one
       while (j < end) {
+        if (!careful) {
+          if (unpivoted()) continue;
+          careful = INNER;
+        }
         if (!eliminate(forced && j == J)) break;
+        careful--;
         if (j - I >= INNER) update_window();
       }
       update_window();
@@ -179,6 +253,82 @@ class Pivoting {
     if (j > I && j < end)
       update_from(P + j + I * m, Wc + j + (I - J) * m, m, m - j, end - j, j - I, P + j + j * m, m, false);
     I = j;
+  }
+
+  // Eliminates the next columns, at most NB, as they come, up to the first that is not stable alone. False: there was one.
+  bool unpivoted() {
+    const int64_t at = j;
+    const int nb = int(end - j < NB<T> ? end - j : NB<T>);
+    T *const C = P + at + at * m, *const w = Wc + at + (at - J) * m;
+    for (int64_t i = 0; at > I && i < m - at; i += TILE_ROWS<T>)
+      tile_any<T, false>(nb, P + at + i + I * m, m, Wc + at + (I - J) * m, m, at - I, C + i, m,
+                         m - at - i < TILE_ROWS<T> ? m - at - i : TILE_ROWS<T>, false, nullptr);
+    Unpivoted<T> pivots;
+    const int found = eliminate_below(diagonal_block(C, m, nb, pivots), nb, C, m - at, w, pivots);
+    for (int c = 0; c < found; c++) {
+      T* L = C + c + c * m;
+      const R most = pivots.most[c], size = pivots.size[c];
+      const double multiplier = double(most) / double(size);
+      if (multiplier > report.multiplier) report.multiplier = multiplier;
+      note(most > size ? most : size);
+      (real(pivots.inverse[c]) < 0 ? report.negative : report.positive)++;
+      report.weaker(double(size), first + order[at + c]);
+      report.finite &= size_of(pivots.inverse[c]) <= MOST && size <= MOST;
+      L[0] = pivots.inverse[c];
+      for (int i = c + 1; i < nb; i++) L[i - c] = pivots.l[i][c], w[i + c * m] = H ? pivots.w[i][c] : conj(pivots.w[i][c]);
+      scaled<T, W<T> == 1 && !H>(pivots.inverse[c], w + nb + c * m, m - at - nb, C + nb + c * m);
+    }
+    j += found;
+    if (found == nb) return true;
+    // The rest of the window too has to know what these columns know.
+    const int64_t rest = at + nb;
+    if (at > I && rest < end)
+      update_from(P + rest + I * m, Wc + rest + (I - J) * m, m, m - rest, end - rest, at - I, P + rest + rest * m, m, false);
+    I = at;
+    return false;
+  }
+
+  // L and D of a diagonal block of order nb, as far as pivots are stable inside of it; how far that is.
+  static int diagonal_block(const T* C, int64_t m, int nb, Unpivoted<T>& pivots) {
+    T(&a)[8][8] = pivots.w;
+    for (int c = 0; c < nb; c++)
+      for (int i = c; i < nb; i++) a[i][c] = C[i + c * m];
+    for (int c = 0; c < nb; c++) {
+      const T d = H ? T(real(a[c][c])) : a[c][c];
+      const R size = size_of(d);
+      R most = 0;
+      for (int i = c + 1; i < nb; i++) {
+        const R s = size_of(a[i][c]);
+        if (!(s <= most)) most = s;
+      }
+      if (!(size > 0 && size >= R(STABLE) * most)) return c;
+      pivots.inverse[c] = inverse(d);
+      pivots.size[c] = size, pivots.most[c] = most;
+      for (int i = c + 1; i < nb; i++) {
+        const T l = a[i][c] * pivots.inverse[c];
+        pivots.l[i][c] = l;
+        for (int q = c + 1; q <= i; q++) a[i][q] -= l * mirrored<T, H>(a[q][c]);
+      }
+    }
+    return nb;
+  }
+
+  // L D of the rows below `found` of these pivots; how many of them are stable there too.
+  int eliminate_below(int found, int nb, const T* C, int64_t rows, T* w, Unpivoted<T>& pivots) const {
+    switch (found) {
+      case 0: return 0;
+      case 1: rows_below<T, H, 1>(C, m, nb, rows, pivots, w); break;
+      case 2: rows_below<T, H, 2>(C, m, nb, rows, pivots, w); break;
+      case 3: rows_below<T, H, 3>(C, m, nb, rows, pivots, w); break;
+      case 4: rows_below<T, H, 4>(C, m, nb, rows, pivots, w); break;
+      case 5: rows_below<T, H, 5>(C, m, nb, rows, pivots, w); break;
+      case 6: rows_below<T, H, 6>(C, m, nb, rows, pivots, w); break;
+      case 7: rows_below<T, H, 7>(C, m, nb, rows, pivots, w); break;
+      default: rows_below<T, H, 8>(C, m, nb, rows, pivots, w);
+    }
+    for (int c = 0; c < found; c++)
+      if (!(pivots.size[c] >= R(STABLE) * pivots.most[c])) return c;
+    return found;
   }
 
   // Column c of what remains, rows j .. m.
