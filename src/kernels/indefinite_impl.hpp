@@ -197,6 +197,7 @@ class Pivoting {
   const int64_t m, k;
   int32_t* const order;
   T *const Wc, *const memory;  // L D of the window, conjugated unless H; packed blocks
+  T* const Z;                  // columns as they are now
   T *X, *Y;                    // columns c and r as they are now, from row j on
   Report& report;
   const int32_t first;         // pivot number of the front's first row
@@ -206,12 +207,12 @@ class Pivoting {
 
  public:
   Pivoting(T* panel, int64_t rows, int64_t columns, int32_t* order_, T* work, int32_t first_, bool trial_, Report& report_)
-      : P(panel), m(rows), k(columns), order(order_), Wc(work), memory(work + (BLOCK + 2) * rows), X(work + BLOCK * rows),
-        Y(X + rows), report(report_), first(first_), trial(trial_) {}
+      : P(panel), m(rows), k(columns), order(order_), Wc(work), memory(work + (BLOCK + 2 + NB<T>) * rows),
+        Z(work + (BLOCK + 2) * rows), X(work + BLOCK * rows), Y(X + rows), report(report_), first(first_), trial(trial_) {}
 
   static int64_t work_size(int64_t rows) {
     const int64_t packed = W<T> == 1 ? 0 : (rows + TILE_ROWS<T> + rows + NB<T>) * BLOCK;
-    return (BLOCK + 2) * rows + packed;
+    return (BLOCK + 2 + NB<T>) * rows + packed;
   }
 
   // U becomes -L21 D L21^H.
@@ -224,15 +225,18 @@ class Pivoting {
       J = I = next = j;
       end = k - j < BLOCK ? k : j + BLOCK;
       const bool forced = without >= k - j;
-      int64_t careful = 0;  // pivots to be looked for one by one
-      while (j < end) {
-        if (!careful) {
-          if (unpivoted()) continue;
-          careful = INNER;
+      // As they come, as long as that is stable; others wait at the end of the window. If none is: one after the other.
+      int64_t waiting = end;
+      for (bool any = false; j < end;) {
+        if (j < waiting) {
+          const int nb = int(waiting - j < NB<T> ? waiting - j : NB<T>), taken = unpivoted(nb);
+          any |= taken > 0;
+          if (taken < nb && j < --waiting) exchange(j, waiting, true);
+        } else {
+          if (!any && !search(forced && j == J)) break;
+          any = false;
+          waiting = end;
         }
-        if (!eliminate(forced && j == J)) break;
-        careful--;
-        if (j - I >= INNER) update_window();
       }
       update_window();
       const int64_t found = j - J;
@@ -255,18 +259,27 @@ class Pivoting {
     I = j;
   }
 
-  // Eliminates the next columns, at most NB, as they come, up to the first that is not stable alone. False: there was one.
-  bool unpivoted() {
-    const int64_t at = j;
-    const int nb = int(end - j < NB<T> ? end - j : NB<T>);
-    T *const C = P + at + at * m, *const w = Wc + at + (at - J) * m;
-    for (int64_t i = 0; at > I && i < m - at; i += TILE_ROWS<T>)
-      tile_any<T, false>(nb, P + at + i + I * m, m, Wc + at + (I - J) * m, m, at - I, C + i, m,
-                         m - at - i < TILE_ROWS<T> ? m - at - i : TILE_ROWS<T>, false, nullptr);
+  // Eliminates the next nb columns as they come, up to the first that is not stable alone; returns how many these are.
+  int unpivoted(int nb) {
+    const int64_t at = j, depth = at - I, rows = m - at;
+    const T* C = P + at + at * m;
+    auto columns = [&](int count, int64_t begin, int64_t end) {  // rows of columns as they are now
+      if (!depth) return;
+      for (int c = 0; c < count; c++)
+        memcpy(static_cast<void*>(Z + begin + c * m), C + begin + c * m, size_t(end - begin) * sizeof(T));
+      for (int64_t i = begin; i < end; i += TILE_ROWS<T>)
+        tile_any<T, false>(count, P + at + i + I * m, m, Wc + at + (I - J) * m, m, depth, Z + i, m,
+                           end - i < TILE_ROWS<T> ? end - i : TILE_ROWS<T>, false, nullptr);
+    };
     Unpivoted<T> pivots;
-    const int found = eliminate_below(diagonal_block(C, m, nb, pivots), nb, C, m - at, w, pivots);
+    T* const w = Wc + at + (at - J) * m;
+    columns(nb, 0, nb);
+    int found = diagonal_block(depth ? Z : C, m, nb, pivots);
+    if (!found) return 0;
+    columns(found, nb, rows);
+    found = eliminate_below(found, nb, depth ? Z : C, rows, w, pivots);
     for (int c = 0; c < found; c++) {
-      T* L = C + c + c * m;
+      T* L = P + at + (at + c) * m;
       const R most = pivots.most[c], size = pivots.size[c];
       const double multiplier = double(most) / double(size);
       if (multiplier > report.multiplier) report.multiplier = multiplier;
@@ -274,18 +287,12 @@ class Pivoting {
       (real(pivots.inverse[c]) < 0 ? report.negative : report.positive)++;
       report.weaker(double(size), first + order[at + c]);
       report.finite &= size_of(pivots.inverse[c]) <= MOST && size <= MOST;
-      L[0] = pivots.inverse[c];
-      for (int i = c + 1; i < nb; i++) L[i - c] = pivots.l[i][c], w[i + c * m] = H ? pivots.w[i][c] : conj(pivots.w[i][c]);
-      scaled<T, W<T> == 1 && !H>(pivots.inverse[c], w + nb + c * m, m - at - nb, C + nb + c * m);
+      L[c] = pivots.inverse[c];
+      for (int i = c + 1; i < nb; i++) L[i] = pivots.l[i][c], w[i + c * m] = H ? pivots.w[i][c] : conj(pivots.w[i][c]);
+      scaled<T, W<T> == 1 && !H>(pivots.inverse[c], w + nb + c * m, rows - nb, L + nb);
     }
     j += found;
-    if (found == nb) return true;
-    // The rest of the window too has to know what these columns know.
-    const int64_t rest = at + nb;
-    if (at > I && rest < end)
-      update_from(P + rest + I * m, Wc + rest + (I - J) * m, m, m - rest, end - rest, at - I, P + rest + rest * m, m, false);
-    I = at;
-    return false;
+    return found;
   }
 
   // L and D of a diagonal block of order nb, as far as pivots are stable inside of it; how far that is.
@@ -376,6 +383,14 @@ class Pivoting {
     const R s = size_of(a), t = size_of(b), v = size_of(e);
     const R one = v * p + t * q, two = t * p + s * q, most = one > two ? one : two;
     return most > 0 ? det / most : MOST;
+  }
+
+  // Eliminates some pivots, each looked for. False: there is none that is stable.
+  bool search(bool forced) {
+    const int64_t start = j;
+    update_window();
+    while (j < end && j - start < INNER && eliminate(forced && j == J)) {}
+    return j > start;
   }
 
   // Finds a pivot and eliminates it. False: none of those that were looked at is stable. Forced: the best of them.

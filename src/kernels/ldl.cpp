@@ -20,6 +20,8 @@ namespace {
 
 // Solves are refined unless pivots were stable and what was left of the matrix did not grow beyond this.
 constexpr double GROWTH_GOOD = 8;
+// Whether refinement succeeds is tried at once beyond this, times 1 / sqrt(eps); else solves will see.
+constexpr double GROWTH_DOUBTFUL = 1e-3;
 // Refinement ends at an error of so many eps: at GOOD at once, at ENOUGH where a step gains less than GAIN.
 constexpr double GAIN = 0.3, GOOD = 2, ENOUGH = 32;
 constexpr int MOST_STEPS = 12;
@@ -42,6 +44,14 @@ void share_or_throw(int64_t count, int threads, Work work) {
 }
 
 template <class R> R part(R a) { return std::abs(a); }
+// Of a positive finite number: it is at least 2 to this power, and less than twice that.
+inline int32_t exponent(double a) {
+  int64_t bits;
+  memcpy(&bits, &a, sizeof bits);
+  return int32_t(bits >> 52) - 1023;  // of subnormal numbers a little more than it should be
+}
+inline int32_t exponent(float a) { return exponent(double(a)); }
+
 template <class R> R part(Complex<R> a) { return std::max(std::abs(a.re), std::abs(a.im)); }
 
 }  // namespace
@@ -223,7 +233,8 @@ class LdlFactorsOf final : public LdlFactors {
     }
     refined[e] = report.replaced || report.multiplier > 1.01 / STABLE || report.growth > GROWTH_GOOD;
     if (!check) return;
-    if (refined[e] && probe(e, schedule, work, threads) < 0) {
+    const bool doubtful = report.replaced || report.growth > GROWTH_DOUBTFUL / std::sqrt(EPS);
+    if (doubtful && probe(e, schedule, work, threads) < 0) {
       failed[e] = caller(report.weak);
       verdict[e] = UNTRUSTED;
     } else if (report.weakest < (sizeof(R) == 4 ? WEAK_PIVOT_SINGLE : WEAK_PIVOT) &&
@@ -242,38 +253,38 @@ class LdlFactorsOf final : public LdlFactors {
     return j;
   }
 
-  // S, and S A S for A. Exponents are found in double, whose range holds all products.
+  // S, and S A S for A. Powers of two need the exponents of the entries only.
   void equilibrate(T* a, R* s) const {
     const int64_t* p = plan.indptr.data();
     const int32_t* row = plan.indices.data();
-    constexpr int LIMIT = sizeof(R) == 4 ? 60 : 500;
-    std::vector<double> factor(n(), 1), top(n());
+    constexpr int32_t LIMIT = sizeof(R) == 4 ? 60 : 500, NONE = -100000;
+    std::vector<int32_t> entry(nnz()), factor(n(), 0), top(n());
+    for (int64_t e = 0; e < nnz(); e++) {
+      const R v = part(a[e]);
+      entry[e] = v > 0 ? exponent(v) : NONE;
+    }
     for (int round = 0; round < SCALINGS; round++) {
-      std::fill(top.begin(), top.end(), 0.0);
+      std::fill(top.begin(), top.end(), NONE);
       for (int64_t j = 0; j < n(); j++) {
-        double most = 0;
-        const double own = factor[j];
+        int32_t most = NONE;
+        const int32_t own = factor[j];
         for (int64_t e = p[j]; e < p[j + 1]; e++) {
-          const int32_t i = row[e];
-          const double v = double(part(a[e])) * own * factor[i];
-          most = v > most ? v : most;
-          top[i] = v > top[i] ? v : top[i];
+          const int32_t i = row[e], v = entry[e] + own + factor[i];
+          most = std::max(most, v);
+          top[i] = std::max(top[i], v);
         }
-        top[j] = most > top[j] ? most : top[j];
+        top[j] = std::max(top[j], most);
       }
       bool done = true;
       for (int64_t i = 0; i < n(); i++) {
-        if (!(top[i] > 0 && top[i] <= DBL_MAX)) continue;
-        if (top[i] >= 0.25 && top[i] < 4) continue;
-        const int old = std::ilogb(factor[i]), change = -std::ilogb(top[i]) / 2;
-        const int now = std::clamp(old + (change ? change : top[i] < 1 ? 1 : -1), -LIMIT, LIMIT);
-        if (now == old) continue;
-        factor[i] = std::ldexp(1.0, now);
-        done = false;
+        if (top[i] < NONE / 2 || (top[i] >= -2 && top[i] <= 1)) continue;  // empty, or from 1/4 on and below 4
+        const int32_t change = -top[i] / 2, now = std::clamp(factor[i] + (change ? change : top[i] < 0 ? 1 : -1), -LIMIT, LIMIT);
+        done &= now == factor[i];
+        factor[i] = now;
       }
       if (done) break;
     }
-    for (int64_t i = 0; i < n(); i++) s[i] = R(factor[i]);
+    for (int64_t i = 0; i < n(); i++) s[i] = std::ldexp(R(1), factor[i]);
     for (int64_t j = 0; j < n(); j++)
       for (int64_t e = p[j]; e < p[j + 1]; e++) a[e] = s[row[e]] * (s[j] * a[e]);
   }
