@@ -179,7 +179,7 @@ void update(const T* A, const T* B, int64_t ld, int64_t rows, int64_t columns, i
 }
 
 // Partial L D L^H of one front, window of at most BLOCK pivots by window. Columns are exchanged inside of a window, so
-// that those behind it wait for one large update; a window in which no pivot is found goes to the end of the panel.
+// that those behind it wait for one large update; columns for which no pivot is found go to the end of the panel.
 template <class T, bool H>
 class Pivoting {
   using R = Real<T>;
@@ -217,37 +217,49 @@ class Pivoting {
 
   // U becomes -L21 D L21^H.
   void factor(T* U) {
-    bool fresh = true;
-    for (int64_t i = 0; i < k; i++) order[i] = int32_t(i);
     const int64_t u = m - k;
-    int64_t without = 0;  // columns that have failed since the last pivot
-    while (j < k) {
-      J = I = next = j;
-      end = k - j < BLOCK ? k : j + BLOCK;
-      const bool forced = without >= k - j;
-      // As they come, as long as that is stable; others wait at the end of the window. If none is: one after the other.
-      int64_t waiting = end;
-      for (bool any = false; j < end;) {
-        if (j < waiting) {
-          const int nb = int(waiting - j < NB<T> ? waiting - j : NB<T>), taken = unpivoted(nb);
-          any |= taken > 0;
-          if (taken < nb && j < --waiting) exchange(j, waiting, true);
-        } else {
-          if (!any && !search(forced && j == J)) break;
-          any = false;
-          waiting = end;
-        }
-      }
-      update_window();
-      const int64_t found = j - J;
-      without = found ? 0 : without + end - j;
-      if (found) {
-        update(P + end + J * m, Wc + end, m, m - end, k - end, found, P + end + end * m, m, false, memory);
-        update(P + k + J * m, Wc + k, m, u, u, found, U, u, fresh, memory);
-        fresh = false;
-      }
-      for (int64_t a = end - 1, b = k - 1; end < k && a >= j && b >= end; a--, b--) exchange(a, b, false);
+    for (Window w; w.j < k;) {
+      pivots(w);
+      if (w.j == w.J) continue;
+      update(P + w.end + w.J * m, Wc + w.end, m, m - w.end, k - w.end, w.j - w.J, P + w.end + w.end * m, m, false, memory);
+      update(P + k + w.J * m, Wc + k, m, u, u, w.j - w.J, U, u, w.fresh, memory);
     }
+  }
+
+  // The pivots of the window after w; what is behind it has been updated with those before. Other columns do not change.
+  void pivots(Window& w) {
+    if (!w.end)
+      for (int64_t i = 0; i < k; i++) order[i] = int32_t(i);
+    j = w.j;
+    for (int64_t a = w.end - 1, b = k - 1; w.end < k && a >= j && b >= w.end; a--, b--) exchange(a, b, false);
+    w.fresh = j == 0;
+    w.J = J = I = next = j;
+    w.end = end = k - j < BLOCK ? k : j + BLOCK;
+    const bool forced = w.without >= k - j;
+    // As they come, as long as that is stable; others wait at the end of the window. If none is: one after the other.
+    int64_t waiting = end;
+    for (bool any = false; j < end;) {
+      if (j < waiting) {
+        const int nb = int(waiting - j < NB<T> ? waiting - j : NB<T>), taken = unpivoted(nb);
+        any |= taken > 0;
+        if (taken < nb && j < --waiting) exchange(j, waiting, true);
+      } else {
+        if (!any && !search(forced && j == J)) break;
+        any = false;
+        waiting = end;
+      }
+    }
+    update_window();
+    w.j = j;
+    w.without = j > J ? 0 : w.without + end - j;
+  }
+
+  // The updates of `factor` in parts, for threads that share them.
+  Packed<T> packed(const Window& w, int64_t row) const { return packed_in(memory, m - row, w.j - w.J); }
+  void pack_rows(const Window& w, int64_t row, int64_t begin, int64_t stop) const {
+    const Packed<T> to = packed(w, row);
+    pack(P + row + begin + w.J * m, m, stop - begin, to.depth, TILE_ROWS<T>, const_cast<T*>(to.rows) + begin * to.depth);
+    pack(Wc + row + begin, m, stop - begin, to.depth, NB<T>, const_cast<T*>(to.columns) + begin * to.depth);
   }
 
  private:
@@ -539,20 +551,47 @@ class Pivoting {
 };
 
 template <class T, bool H>
+void assemble_indefinite(const Tree& t, const Scatter& entries, const Indefinite& f, int32_t s) {
+  const T* A = static_cast<const T*>(f.A);
+  T* P = static_cast<T*>(f.panels) + t.panel[s];
+  for (int64_t e = entries.begin[s]; e < entries.begin[s + 1]; e++) {
+    const int32_t slot = entries.slot[e];
+    P[entries.target[e]] += slot >= 0 ? A[slot] : mirrored<T, H>(A[~slot]);
+  }
+}
+
+template <class T, bool H>
+Pivoting<T, H> pivoting(const Front<T>& front, const Indefinite& f, Report& report) {
+  const int32_t first = front.t.first[front.s];
+  return {front.P, front.m, front.k, f.order + first, static_cast<T*>(front.scratch.pack), first, f.trial, report};
+}
+
+template <class T, bool H>
 void factorize_indefinite(const Tree& t, const Scatter& entries, const Indefinite& f, int32_t begin, int32_t end,
                           const Scratch& scratch, Report& report) {
-  const T* A = static_cast<const T*>(f.A);
   for (int32_t s = begin; s < end; s++) {
     const Front<T> front(t, f.panels, s, scratch);
     front.begin_panel(0, front.k);
-    for (int64_t e = entries.begin[s]; e < entries.begin[s + 1]; e++) {
-      const int32_t slot = entries.slot[e];
-      front.P[entries.target[e]] += slot >= 0 ? A[slot] : mirrored<T, H>(A[~slot]);
-    }
-    Pivoting<T, H>(front.P, front.m, front.k, f.order + t.first[s], static_cast<T*>(scratch.pack), t.first[s],
-                   f.trial, report)
-        .factor(front.U);
+    assemble_indefinite<T, H>(t, entries, f, s);
+    pivoting<T, H>(front, f, report).factor(front.U);
     front.finish_rest(0, front.u);
+  }
+}
+
+template <class T, bool H>
+void part_indefinite(Part what, const Tree& t, const Indefinite& f, int32_t s, Window& w, int64_t begin, int64_t end,
+                     const Scratch& scratch, Report& report) {
+  const Front<T> front(t, f.panels, s, scratch);
+  Pivoting<T, H> p = pivoting<T, H>(front, f, report);
+  switch (what) {
+    case BEGIN_PANEL: front.begin_panel(begin, end); break;
+    case PIVOTS: p.pivots(w); break;
+    case PACK_PANEL: p.pack_rows(w, w.end, begin, end); break;
+    case PACK_REST: p.pack_rows(w, front.k, begin, end); break;
+    case UPDATE_PANEL: update_packed(p.packed(w, w.end), begin, end, front.P + w.end + w.end * front.m, front.m, false); break;
+    case UPDATE_REST: update_packed(p.packed(w, front.k), begin, end, front.U, front.u, w.fresh); break;
+    case FINISH_REST: front.finish_rest(begin, end); break;
+    case ROWS: break;  // PIVOTS has done them
   }
 }
 
@@ -711,7 +750,8 @@ void solve_indefinite(const Tree& t, const Indefinite& f, const Rhs& rhs, bool d
 }
 
 template <class T, bool H>
-constexpr IndefiniteKernels indefinite_of = {factorize_indefinite<T, H>, solve_indefinite<T, H>, W<T>,
+constexpr IndefiniteKernels indefinite_of = {factorize_indefinite<T, H>, assemble_indefinite<T, H>, part_indefinite<T, H>,
+                                             W<T> == 1 ? 0 : SHARE, solve_indefinite<T, H>, W<T>,
                                              Pivoting<T, H>::work_size};
 
 const IndefiniteKernels* choose(Dtype dtype, bool hermitian) {

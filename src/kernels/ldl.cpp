@@ -293,13 +293,38 @@ class LdlFactorsOf final : public LdlFactors {
     const Scatter scatter{plan.begin.data(), plan.slot.data(), plan.target.data()};
     const IndefiniteKernels& k = *both[hermitian];
     std::vector<Report> reports(threads);
-    run_tasks(schedule, false, work.queue, Crew(threads), [&](int32_t i, int thread) {
+    const Crew crew(threads);
+    run_tasks(schedule, false, work.queue, crew, [&](int32_t i, int thread) {
       const Schedule::Task& task = schedule.tasks[i];
       k.factorize(tree, scatter, f, task.begin, task.end, work.scratch[thread], reports[thread]);
     });
-    for (int32_t s : schedule.top) k.factorize(tree, scatter, f, s, s + 1, work.scratch[0], reports[0]);
+    for (int32_t s : schedule.top) together(k, scatter, f, s, work.scratch[0], reports[0], crew);
     for (int t = 1; t < threads; t++) reports[0].merge(reports[t]);
     return reports[0];
+  }
+
+  // One front, by all threads.
+  void together(const IndefiniteKernels& kernels, const Scatter& scatter, const Indefinite& f, int32_t s,
+                const Scratch& scratch, Report& report, const Crew& crew) const {
+    const int64_t k = tree.first[s + 1] - tree.first[s], u = tree.row[s + 1] - tree.row[s], m = k + u, piece = kernels.share;
+    if (crew.size() == 1 || !piece || m < SHARE_FROM) return kernels.factorize(tree, scatter, f, s, s + 1, scratch, report);
+    Window w;
+    auto share = [&](Part what, int64_t count, int64_t size) {
+      crew.share((count + size - 1) / size, [&](int64_t i, int) {
+        kernels.part(what, tree, f, s, w, i * size, std::min((i + 1) * size, count), scratch, report);
+      });
+    };
+    share(BEGIN_PANEL, k, piece / 5);
+    kernels.assemble(tree, scatter, f, s);
+    while (w.j < k) {
+      kernels.part(PIVOTS, tree, f, s, w, 0, 0, scratch, report);
+      if (w.j == w.J) continue;
+      share(PACK_PANEL, w.end < k ? m - w.end : 0, piece);
+      share(UPDATE_PANEL, k - w.end, piece / 5);
+      share(PACK_REST, u, piece);
+      share(UPDATE_REST, u, piece / 5);
+    }
+    share(FINISH_REST, u, piece / 5);
   }
 
   // x = (S A S)^-1 b as the factor has it.
