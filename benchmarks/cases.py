@@ -7,15 +7,17 @@ A batch has coefficients of its own for each of its systems.
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from scipy.spatial import Delaunay
 
 Array = np.ndarray
 COLUMNS = 16  # right-hand sides that are solved at once in the phase solve16
+RESIDUAL = {"float64": 1e-13, "float32": 5e-5}  # scaled, allowed
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,13 @@ class Case:
     """One pattern. `indices` has every entry once, both triangles, row by row."""
 
     name: str
-    kind: str  # "spd" or "general"
+    kind: str  # "spd", "symmetric" or "general"
     n: int
     indices: Array  # [2, nnz; int64]
     b: Array  # [n; float64] right-hand side; [batch, n] for a batch
     w: Array  # as b: incoming gradient, dl/dx
-    element_matrices: Array  # [elements, k, k; float64]
-    position: Array  # [elements * k * k] where in the values each element entry is added
+    element_matrices: Array  # [elements, entries; float64]
+    position: Array  # [elements * entries] where in the values each element entry is added
     shift: Array  # [nnz; float64] what is added to each entry in every step
     batch: int = 0  # systems with this pattern; 0: one, without a batch dimension
 
@@ -41,7 +43,7 @@ class Case:
 
     def _values(self, rng: np.random.Generator) -> Array:
         coefficients = rng.uniform(0.5, 1.5, len(self.element_matrices))
-        entries = coefficients[:, None, None] * self.element_matrices
+        entries = coefficients[:, None] * self.element_matrices
         return np.bincount(self.position, entries.ravel(), self.indices.shape[1]) + self.shift
 
     def columns(self) -> Array:
@@ -49,18 +51,44 @@ class Case:
         return np.random.default_rng(1).standard_normal((self.n, COLUMNS))
 
 
-def assemble(name: str, kind: str, n: int, dofs: Array, element_matrices: Array, shift: Array | float) -> Case:
-    """Makes a case of `dofs` [elements, k], the unknowns of each element, and their matrices."""
-    dofs = dofs.astype(np.int64)
+@dataclass(frozen=True)
+class Sequence(Case):
+    """A case whose values were captured: one set of them for each step, over and over."""
+
+    data: Array = field(default_factory=lambda: np.empty((0, 0)))  # [steps, nnz; float64]
+
+    def values(self, step: int) -> Array:
+        return self.data[step % len(self.data)]
+
+
+def assemble(
+    name: str,
+    kind: str,
+    n: int,
+    dofs: Array,
+    element_matrices: Array,
+    shift: Array | float,
+) -> Case:
+    """Makes a case of `dofs` [elements, k], the unknowns of each element, and their matrices; the whole diagonal is in
+    the pattern."""
     rows, cols = np.broadcast_arrays(dofs[:, :, None], dofs[:, None, :])
-    diagonal = np.arange(n) * (n + 1)
-    keys, position = np.unique(np.concatenate([(rows * n + cols).ravel(), diagonal]), return_inverse=True)
-    shifts = np.zeros(len(keys))
-    shifts[position[-n:]] = shift
+    fixed = (np.arange(n), np.arange(n), np.broadcast_to(shift, n))
+    return assemble_entries(name, kind, n, (rows, cols, element_matrices), fixed)
+
+
+def assemble_entries(
+    name: str, kind: str, n: int, elements: tuple[Array, Array, Array], fixed: tuple[Array, Array, Array]
+) -> Case:
+    """Makes a case of rows, columns and values of entries [elements, ...], and of those [entries] that are added in
+    every step."""
+    (rows, cols, matrices), (i, j, shift) = elements, fixed
+    rows, cols = rows.astype(np.int64), cols.astype(np.int64)
+    keys, position = np.unique(np.concatenate([(rows * n + cols).ravel(), i * n + j]), return_inverse=True)
+    shifts = np.bincount(position[rows.size :], shift, len(keys))
     rng = np.random.default_rng(0)
     indices = np.stack([keys // n, keys % n]).astype(np.int64)
     b, w = rng.standard_normal((2, n))
-    return Case(name, kind, n, indices, b, w, element_matrices, position[:-n], shifts)
+    return Case(name, kind, n, indices, b, w, matrices.reshape(len(matrices), -1), position[: rows.size], shifts)
 
 
 def graph(name: str, n: int, edges: Array, wind: Array | None = None) -> Case:
@@ -105,14 +133,18 @@ def delaunay(n: int, name: str) -> Case:
     return graph(name, n, np.concatenate([corners[:, [0, 1]], corners[:, [1, 2]], corners[:, [2, 0]]]))
 
 
-def load_mesh(name: str) -> tuple[Array, Array]:
-    """Returns vertices [v, 3] and elements [m, 3 or 4] of a mesh of tests/data or SPCACHE_DATA."""
+def data_files() -> ModuleType:
     folder = str(Path(__file__).resolve().parents[1] / "tests")
     if folder not in sys.path:
         sys.path.append(folder)
-    from datafiles import load_mesh as load
+    import datafiles
 
-    vertices, elements = load(name)
+    return datafiles
+
+
+def load_mesh(name: str) -> tuple[Array, Array]:
+    """Returns vertices [v, 3] and elements [m, 3 or 4] of a mesh of tests/data or SPCACHE_DATA."""
+    vertices, elements = data_files().load_mesh(name)
     return np.asarray(vertices, dtype=np.float64), np.asarray(elements, dtype=np.int64)
 
 
@@ -176,6 +208,78 @@ def hexahedra(side: int, name: str) -> Case:
     return elastic(name, side**3, elements, np.repeat(matrix, len(elements), axis=0))
 
 
+# ---- symmetric indefinite: saddle points, and the KKT systems of optimization ----
+
+
+def both(rows: Array, cols: Array, entries: Array) -> tuple[Array, Array, Array]:
+    """Returns entries off the diagonal and their mirror images, along the last axis."""
+    return tuple(np.concatenate(pair, axis=-1) for pair in ((rows, cols), (cols, rows), (entries, entries)))
+
+
+def joined(*parts: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    rows, cols, entries = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return rows, cols, entries
+
+
+def stokes(*sides: int, name: str) -> Case:
+    """Stokes' equations on a staggered grid (F. H. Harlow, J. E. Welch 1965, doi:10.1063/1.1761178), [K B; B' 0]:
+    velocities on the inner faces of cells, each direction with a viscosity per edge between its faces, zero outside;
+    one pressure a cell but in the last, where it is zero."""
+    cell = np.arange(np.prod(sides)).reshape(sides)
+    faces = [np.delete(cell, -1, axis).size for axis in range(len(sides))]
+    start = np.concatenate([[0], np.cumsum(faces)])  # of the velocities of each direction, then of the pressures
+    edges, coupling = [], []
+    for axis in range(len(sides)):
+        edges.append(start[axis] + grid_edges(*(side - (a == axis) for a, side in enumerate(sides)))[1])
+        face = start[axis] + np.arange(faces[axis])
+        for beside, sign in ((np.delete(cell, -1, axis).ravel(), 1.0), (np.delete(cell, 0, axis).ravel(), -1.0)):
+            inside = beside < cell.size - 1
+            coupling.append(both(face[inside], start[-1] + beside[inside], np.full(inside.sum(), sign)))
+    dofs, velocity = np.concatenate(edges), np.arange(start[-1])
+    outward = 2.0 * len(sides) - np.bincount(dofs.ravel(), minlength=len(velocity))  # edges to the outside
+    rows, cols = dofs[:, [0, 0, 1, 1]], dofs[:, [0, 1, 0, 1]]
+    viscous = np.tile([1.0, -1.0, -1.0, 1.0], (len(dofs), 1))
+    fixed = joined(*coupling, (velocity, velocity, outward))
+    return assemble_entries(name, "symmetric", len(velocity) + cell.size - 1, (rows, cols, viscous), fixed)
+
+
+def control(*sides: int, name: str) -> Case:
+    """Optimal control of a Poisson equation by an interior-point method: state y, control u, multiplier,
+    [I 0 K; 0 D -I; K -I 0]; K has a conductivity per edge, the barrier's D spans six orders of magnitude."""
+    nodes, edges, _ = grid_edges(*sides)
+    node, ones = np.arange(nodes), np.ones(nodes)
+    u, multiplier = node + nodes, node + 2 * nodes
+    laplace = both(
+        edges[:, [0, 0, 1, 1]], edges[:, [0, 1, 0, 1]] + 2 * nodes, np.tile([1.0, -1, -1, 1], (len(edges), 1))
+    )
+    barrier = 10.0 ** np.random.default_rng(3).uniform(-4, 2, nodes)
+    own = (np.repeat(u[:, None], 8, axis=1),) * 2 + (np.repeat(barrier[:, None] / 8, 8, axis=1),)
+    fixed = joined(both(node, multiplier, 0.1 * ones), both(u, multiplier, -ones), (node, node, ones))
+    return assemble_entries(name, "symmetric", 3 * nodes, joined(laplace, own), fixed)
+
+
+def flow(*sides: int, name: str) -> Case:
+    """A network flow by an interior-point method, [D E'; E -1e-6 I]: E the incidence of nodes and edges, D
+    a barrier over six orders of magnitude."""
+    nodes, edges, _ = grid_edges(*sides)
+    edge, node = np.arange(len(edges)), np.arange(nodes) + len(edges)
+    incidence = both(edges.ravel() + len(edges), np.repeat(edge, 2), np.tile([1.0, -1.0], len(edges)))
+    barrier = 10.0 ** np.random.default_rng(3).uniform(-3, 3, (len(edges), 1))
+    fixed = joined(incidence, (node, node, np.full(nodes, -1e-6)))
+    return assemble_entries(name, "symmetric", len(edges) + nodes, (edge[:, None], edge[:, None], barrier), fixed)
+
+
+def sequence(file: str, name: str) -> Case:
+    """A captured sequence of symmetric matrices of tests/data or SPCACHE_DATA."""
+    found = data_files().load_sequence(file)
+    n = int(found["shape"][0])
+    rows = np.repeat(np.arange(n), np.diff(found["indptr"]))
+    indices = np.stack([rows, found["indices"]]).astype(np.int64)
+    b, w = np.random.default_rng(0).standard_normal((2, n))
+    nothing = np.empty(0)
+    return Sequence(name, "symmetric", n, indices, b, w, nothing, nothing, nothing, data=np.asarray(found["data"]))
+
+
 def batch_of(systems: int, build: Callable[[], Case], name: str) -> Case:
     case = build()
     b, w = np.random.default_rng(0).standard_normal((2, systems, case.n))
@@ -202,9 +306,17 @@ CASES: dict[str, Callable[[], Case]] = {
     "grid40^3": partial(grid, 40, 40, 40, name="grid40^3"),
     "grid60^3": partial(grid, 60, 60, 60, name="grid60^3"),
     "convection1e4": partial(convection, 100, "convection1e4"),
+    "cvxqp1": partial(sequence, "ipm_kkt_CVXQP1_M", "cvxqp1"),
+    "stokes1e4": partial(stokes, 58, 58, name="stokes1e4"),
+    "control1e4": partial(control, 58, 58, name="control1e4"),
+    "flow1e4": partial(flow, 58, 58, name="flow1e4"),
+    "stokes1e5": partial(stokes, 183, 183, name="stokes1e5"),
+    "control1e5": partial(control, 183, 183, name="control1e5"),
+    "flow1e5": partial(flow, 183, 183, name="flow1e5"),
+    "stokes20^3": partial(stokes, 20, 20, 20, name="stokes20^3"),
 }
 LARGE = {"grid1e6", "grid60^3"}  # minutes each: only where they are named, or with --large
-HEAVY = LARGE | {"grid40^3"}  # minutes each for libraries without supernodes
+HEAVY = LARGE | {"grid40^3", "stokes1e5", "control1e5", "stokes20^3"}  # minutes each for libraries without supernodes
 DENSE = HEAVY | {"grid1e5", "delaunay1e5", "grid20^3", "rod300x33", "hexahedra16^3"}  # where BLAS kernels matter
 LIKE_ANOTHER = {"grid9e4"}  # only where they are named
 QUICK = ["tiny10", "batch1024x100", "grid1e3", "convection1e4"]

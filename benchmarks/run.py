@@ -27,7 +27,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from cases import CASES, LARGE, LIKE_ANOTHER, QUICK, Case
+from cases import CASES, LARGE, LIKE_ANOTHER, QUICK, RESIDUAL, Case
 from limits import limits
 from peers import CORES, PEERS
 from table import show
@@ -44,7 +44,6 @@ SETTINGS = (
     "LD_LIBRARY_PATH",
 )
 SETTLE = 0.3  # seconds until the idle threads of the previous worker's OpenMP and BLAS have stopped spinning
-RESIDUAL = {"float64": 1e-13, "float32": 5e-5}  # scaled, allowed
 GRADIENT = {"float64": 1e-8, "float32": 0.2}  # largest difference from the peers' median, relative to the largest
 
 Record = dict[str, Any]

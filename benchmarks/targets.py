@@ -19,6 +19,7 @@ def of(*ratios: float) -> Target:
 
 MESH4, MESH5, ELASTIC = of(5, 2, 3, 5), of(5, 2.2, 3, 4), of(2.5, 1.5, 2, 2.2)
 TINY = Target({"step": 1}, rival="scikit-sparse")
+INDEFINITE = Target({"refactorize": 2, "step": 2})
 ANYBODY = Target({})
 TARGETS: dict[str, Target] = {
     "tiny10": TINY,
@@ -36,6 +37,8 @@ TARGETS: dict[str, Target] = {
     "rod300x33": ELASTIC,
     "hexahedra16^3": ELASTIC,
     "grid40^3": Target({"refactorize": 1.8, "solve16": 2, "step": 1.8}, {"refactorize": 0.6, "solve": 0.8}),
+    **dict.fromkeys(["cvxqp1", "stokes20^3"], INDEFINITE),
+    **{f"{kind}{size}": INDEFINITE for kind in ("stokes", "control", "flow") for size in ("1e4", "1e5")},
     "grid60^3": Target({"refactorize": 1.6, "solve16": 2, "step": 1.5}, {"refactorize": 0.6, "solve": 0.8}),
 }
 SINGLE = 1.7  # double precision's time / single precision's, from 10^4 unknowns on

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import LARGE, Case
+from cases import LARGE, RESIDUAL, Case
 from peers import PEERS, Configuration, Peer, make
 
 Times = dict[str, list[float]]
@@ -146,7 +146,8 @@ class Session:
         return [phase for phase in CONTESTED if phase != "solve16" or not self.case.batch]
 
     def choose(self, configurations: list[Configuration]) -> list[tuple[Configuration, list[str]]]:
-        """Returns, after two trials, the configurations that are fastest in some phase, or as good as that.
+        """Returns, after two trials, the configurations that are fastest in some phase, or as good as that. One whose
+        residual is too large is out, unless all are.
 
         spcache is not tuned: every phase of each of its configurations is measured.
         """
@@ -154,8 +155,12 @@ class Session:
         if len(configurations) == 1 or self.kind.name.startswith("spcache"):
             return [(configuration, phases) for configuration in configurations]
         taken: dict[int, dict[str, float]] = {}
+        accurate: dict[int, bool] = {}
         for index in range(len(configurations)):
             taken[index] = self.attempt(configurations[index], phases)
+            accurate[index] = self.accurate()
+        if any(accurate.values()):
+            taken = {index: times for index, times in taken.items() if accurate[index]}
         best = {phase: min(times[phase] for times in taken.values()) for phase in phases}
         if self.case.name not in LARGE:
             for index, times in taken.items():
@@ -238,6 +243,17 @@ class Session:
 
     # ---- correctness ----
 
+    def accurate(self) -> bool:
+        """Whether the peer, configured as it is, solves well. Not asked where matrices are definite, or a batch."""
+        peer = self.open()
+        if self.case.kind != "symmetric" or not self.kind.factors:
+            return True
+        from scipy.sparse import csr_array
+
+        peer.refactorize(self.values[1])
+        A = csr_array((self.values[1].double().numpy(), self.case.indices), shape=(self.case.n, self.case.n))
+        return scaled_residual(A, peer.solve(self.b), self.b) <= RESIDUAL[str(self.kind.dtype).removeprefix("torch.")]
+
     def check(self, peer: Peer) -> tuple[list[float], np.ndarray]:
         """Returns the scaled residuals of all solves and the gradient, symmetrized where A is."""
         from scipy.sparse import csr_array
@@ -253,7 +269,7 @@ class Session:
             csr_array((entries.detach().double().numpy().ravel(), indices), shape=(size, size))
             for entries in (values, slope)
         )
-        if self.case.kind == "spd":
+        if self.case.kind != "general":
             slopes = (slopes + slopes.T) / 2
         solutions = [(x, self.b)]
         if self.kind.factors:

@@ -281,18 +281,19 @@ class Factorizer:
         return self._pool("general", device).factorize(values, self.checks)
 
     def _factorize_indefinite(self, values: Tensor) -> NumericFactor:
-        """L D L^H. Where it cannot be trusted: with rows paired by these values, and if that does not help by LU."""
+        """L D L^H, rows in an order that the first values ask for. Where it cannot be trusted: with rows paired by
+        these values, and if that does not help by LU."""
         if self._distrust >= _DISTRUST:
             return self._pool(self._kind, None, careful=True).factorize(values, self.checks)
         if self._partner is None and self._kind not in self._pools:
-            self._partner = self._pairing(values, 0, False)
+            self._partner = self._pairing(values, 0, first=True)
         numeric = self._pool(self._kind, None, self._partner).factorize(values, self.checks)
         if numeric.failures is None or not self.checks:
             self._distrust = 0
             return numeric
         failed = next(e for e, f in enumerate(numeric.failures) if f is not None)
         del numeric
-        partner = self._pairing(values, failed, True)
+        partner = self._pairing(values, failed, first=False)
         if partner is not None and (self._partner is None or not np.array_equal(partner, self._partner)):
             numeric = self._pool(self._kind, None, partner).factorize(values, self.checks)
             self.stats.repivots += numeric.storage.batch
@@ -307,17 +308,25 @@ class Factorizer:
         self._distrust += numeric.failures is None
         return numeric
 
-    def _pairing(self, values: Tensor, e: int, always: bool) -> np.ndarray | None:
-        """Pairs of rows by the e-th matrix of a batch, as `ldl.pairing`."""
+    def _pairing(self, values: Tensor, e: int, first: bool) -> np.ndarray | None:
+        """Pairs of rows by the e-th matrix of a batch, as `ldl.pairing`; first of all, as `ldl.arrangement`."""
         start = perf_counter()
         contributions = self._contributions(self._kind, True)
         address, dtype = next(islice(_matrices(values), e, None))
-        sizes = ldl.magnitudes(
-            self._assembly_of(ldl, self._kind, contributions), address, self.pattern.nnz, dtype, contributions.structure
-        )
-        partner = ldl.pairing(contributions.structure, sizes, always)
+        structure, assembly = contributions.structure, self._assembly_of(ldl, self._kind, contributions)
+        what = assembly, address, self.pattern.nnz, dtype
+        if first:
+            partner = ldl.arrangement(structure, *what, *self._ordering(self._kind))
+        else:
+            partner = ldl.pairing(structure, ldl.magnitudes(*what, structure))
         self.stats.seconds["analyze"] += perf_counter() - start
         return partner
+
+    def _ordering(self, kind: str) -> tuple[Any, ...]:
+        """The ordering's name, and its permutation where that is known."""
+        ordering = self.options["ordering"]
+        named = ("given", ordering.pivots) if isinstance(ordering, Permutation) else (ordering,)
+        return self.orderings.get(kind, named)
 
     def _factorize_carefully(self, values: Tensor) -> NumericFactor:
         """The factor of values for which refinement has stalled: LU, or an error."""

@@ -50,6 +50,7 @@ cdef extern from "kernels/ldl.hpp" namespace "spcache" nogil:
                 const int32_t*) except +
         Plan plan
         int64_t nbytes()
+        int64_t lift(const char*, int, int32_t*) except +
     cdef cppclass LdlWorkspace:
         LdlWorkspace(const LdlPlan&, const Schedule&, const IndefiniteKernels&, int64_t, int) except +
         int64_t nbytes
@@ -59,6 +60,7 @@ cdef extern from "kernels/ldl.hpp" namespace "spcache" nogil:
         vector[Report] reports
         vector[char] refined
         void factorize(const CAssembly&, const void*, bool, const Schedule&, LdlWorkspace**, int, int) except +
+        bool trial(const CAssembly&, const void*, const Schedule&, LdlWorkspace&, char*) except +
         const IndefiniteKernels& kernels()
         int64_t nbytes()
     LdlFactors* ldl_factors(const LdlPlan&, Dtype, int64_t, const IndefiniteKernels*,
@@ -238,6 +240,19 @@ cdef class Symbolic:
         """[n; int32] original index of pivot k."""
         return numpy.asarray(self.plan.get().plan.perm, numpy.int32)
 
+    def lift(self, left_out, int steps):
+        """The order of elimination [n; int32] with the marked rows in fronts so many steps above their own; None where all
+        of them are in roots."""
+        cdef const char[::1] marks = left_out.astype(numpy.int8)
+        cdef int64_t moved
+        if marks.shape[0] != self.plan.get().plan.n or steps < 1:
+            raise ValueError(f"left_out must have {self.plan.get().plan.n} entries, and steps be positive")
+        order = numpy.empty(marks.shape[0], numpy.int32)
+        cdef int32_t[::1] o = order
+        with nogil:
+            moved = self.plan.get().lift(&marks[0], steps, &o[0])
+        return order if moved else None
+
     @property
     def nbytes(self):
         """Memory of the plan and of idle scratch."""
@@ -312,6 +327,24 @@ cdef class Storage:
             self.factors.get().factorize(a[0], <const void*> values, check, team.schedule.get()[0], work.data(), sharing,
                                          team.threads)
         team.idle[self.dtype] += lent
+
+    def trial(self, assembly, uintptr_t values, int64_t nnz):
+        """[n; bool] rows of the first of values [batch, nnz] that find no tolerable pivot in their fronts; None where it is
+        not finite. The factor of the first matrix is lost."""
+        cdef uintptr_t address = assembly.address
+        cdef const CAssembly* a = <const CAssembly*> address
+        cdef bool finite
+        if a.groups != 1 or a.nnz != nnz or (values == 0 and nnz):
+            raise ValueError("the assembly belongs to another plan, or the values have another length or no memory")
+        cdef Team team = self.symbolic.team(1)
+        cdef vector[LdlWorkspace*] work
+        cdef list lent = self.borrow(team, 1, work)
+        left_out = numpy.empty(self.symbolic.plan.get().plan.n, numpy.int8)
+        cdef char[::1] marks = left_out
+        with nogil:
+            finite = self.factors.get().trial(a[0], <const void*> values, team.schedule.get()[0], work[0][0], &marks[0])
+        team.idle[self.dtype] += lent
+        return left_out != 0 if finite else None
 
     def failed_columns(self):
         """Per matrix -1, or the column at which it failed; None where all of them have a factor."""

@@ -11,7 +11,7 @@ from protocol_driver import Driver
 
 import spcache
 from spcache import SparseSystem
-from spcache.engines import _ldl, _multifrontal, ldl
+from spcache.engines import DTYPE_CODES, _ldl, _multifrontal, ldl
 from spcache.engines.protocol import Failure, Structure
 
 LEVELS = _multifrontal.INSTRUCTION_SETS[: _multifrontal.INSTRUCTION_SETS.index(_multifrontal.best_simd()) + 1]
@@ -20,6 +20,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_kind = pytest.mark.parametrize("kind", ["symmetric", "hermitian"])
 # Factors that are not refined: stable pivots, little growth.
 C = 10
+TOLERABLE = 0.01  # of src/kernels/indefinite.hpp
 
 
 def problem_of(A, kind, dtype, mask=None):
@@ -166,7 +167,6 @@ def lower_of(A):
 def test_pairing():
     A = np.array([[0, 3, 0, 0], [3, 0, 1, 0], [0, 1, 5, 1], [0, 0, 1, 0.0]])
     assert ldl.pairing(*lower_of(np.eye(3))) is None
-    assert ldl.pairing(*lower_of(np.eye(3)), always=True) is None
     assert ldl.pairing(*lower_of(A)).tolist() == [1, 0, 3, 2]
     A[3, 3] = 9  # nothing but the first two needs a partner
     assert ldl.pairing(*lower_of(A)).tolist() == [1, 0, 2, 3]
@@ -223,6 +223,64 @@ def test_saddle_points(dtype, kind):
             negative = int((torch.linalg.eigvalsh(problem.matrix()[0]) < 0).sum())
             positive, found, open_ = system.factorize(problem.values[0]).inertia.tolist()
             assert found <= negative <= found + open_ and positive + found + open_ == problem.n and open_ <= 2
+
+
+def arranged(problem):
+    """A plan, Assembly and values of one matrix; and what the arrangement for them is."""
+    driver = Driver(problem, "amd")
+    what = driver.assembly, driver.values.ctypes.data, driver.nnz, DTYPE_CODES[driver.dtype]
+    return driver, what, ldl.arrangement(driver.contributions.structure, *what, "amd")
+
+
+@every_dtype
+@pytest.mark.parametrize("kind", ["symmetric", "hermitian"])
+def test_arrangement(dtype, kind):
+    """Rows without a stable pivot go further up, until all have one; the factor is stable then, and was not before."""
+    unstable = 0
+    for seed in range(4):
+        problem = problem_of(saddle(200, 100, dtype, seed, kind=kind, density=0.005), kind, dtype)
+        driver, what, arrangement = arranged(problem)
+        before = driver.factorize()
+        unstable += before.report(0)["multiplier"] > 1 / TOLERABLE
+        left_out = before.trial(*what[:3])
+        assert (arrangement is None) == (not left_out.any())
+        if arrangement is None:
+            continue
+        assert sorted(~arrangement) == list(range(300))
+        plan = ldl.analyze(driver.contributions.structure, "amd", None, arrangement)
+        assert plan.permutation is None and plan.ordering == "amd"
+        storage = plan.storage(what[3], 1)
+        assert not storage.trial(*what[:3]).any()
+        storage.factorize(*what[:3], True)
+        report = storage.report(0)
+        assert storage.failures() is None and report["replaced"] == 0
+        assert report["multiplier"] <= 1.01 / TOLERABLE
+    assert unstable
+
+
+def test_no_arrangement():
+    """Where the diagonal serves, where no front is further up, and for values that are not finite."""
+    for A in (torch.eye(3), torch.ones(3, 3) - torch.eye(3), torch.tensor([[0, torch.nan], [torch.nan, 0]])):
+        problem = problem_of(A[None].double(), "symmetric", torch.float64, torch.ones(A.shape, dtype=torch.bool))
+        assert arranged(problem)[2] is None
+
+
+def test_lifted_rows():
+    """A chain of fronts: rows come last among the pivots of the front they go to."""
+    A = torch.diag(torch.arange(1.0, 401.0)) + torch.diag(torch.ones(399), 1) + torch.diag(torch.ones(399), -1)
+    driver = Driver(problem_of(A[None].double(), "symmetric", torch.float64), "natural")
+    marks = np.zeros(400, bool)
+    marks[0] = True
+    near, far = driver.plan.lift(marks, 1), driver.plan.lift(marks, 1000)
+    assert sorted(near) == sorted(far) == list(range(400))
+    assert 0 < list(near).index(0) < 399 and list(far).index(0) == 399
+    marks[:] = False
+    marks[399] = True
+    assert driver.plan.lift(marks, 1) is None
+    with pytest.raises(ValueError, match="400 entries"):
+        driver.plan.lift(marks[:10], 1)
+    with pytest.raises(ValueError, match="the assembly belongs to another plan"):
+        driver.factorize().trial(driver.assembly, 0, 3)
 
 
 def test_pairs_stay_when_values_change():

@@ -6,14 +6,14 @@ from peers.anew import Cholespy, SuperLU, TorchSla
 from peers.base import CORES, Configuration, Loop, Peer
 from peers.cholmod import Cvxopt, CvxoptAvx512, ScikitSparse, ScikitSparseAvx512
 from peers.klujax import Klujax
-from peers.ours import Spcache, SpcacheSingle
+from peers.ours import Spcache, SpcacheGeneral, SpcacheSingle
 from peers.pardiso import Pardiso
 
 __all__ = ["CORES", "PEERS", "Configuration", "Peer", "make"]
 
 KINDS = (
     Spcache, SpcacheSingle, Cvxopt, CvxoptAvx512, ScikitSparse, ScikitSparseAvx512,
-    Pardiso, SuperLU, Cholespy, Klujax, TorchSla,
+    Pardiso, SpcacheGeneral, SuperLU, Cholespy, Klujax, TorchSla,
 )  # fmt: skip
 PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in KINDS}
 

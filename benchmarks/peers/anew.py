@@ -18,7 +18,7 @@ class SuperLU(Peer):
     packages: ClassVar[list[str]] = ["scipy"]
     modules: ClassVar[list[str]] = ["scipy.sparse.linalg"]
     heavy = False
-    kinds: ClassVar[set[str]] = {"spd", "general"}
+    kinds: ClassVar[set[str]] = {"spd", "symmetric", "general"}
     analyzes = False
 
     def configurations(self) -> Iterator[Configuration]:
@@ -81,7 +81,7 @@ class TorchSla(Peer):
     name = "torch-sla"
     packages: ClassVar[list[str]] = ["torch-sla"]
     modules: ClassVar[list[str]] = ["torch_sla"]
-    kinds: ClassVar[set[str]] = {"spd", "general"}
+    kinds: ClassVar[set[str]] = {"spd", "symmetric", "general"}
     analyzes = False
     factors = False
     heavy = False

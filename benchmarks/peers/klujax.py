@@ -21,7 +21,7 @@ class Klujax(Peer):
     name = "klujax"
     packages: ClassVar[list[str]] = ["klujax", "jax"]
     modules: ClassVar[list[str]] = ["jax", "klujax"]
-    kinds: ClassVar[set[str]] = {"spd", "general"}  # pivots whatever the kind
+    kinds: ClassVar[set[str]] = {"spd", "symmetric", "general"}  # pivots whatever the kind
     batches = True
     columns = False
     environment: ClassVar[dict[str, str]] = {

@@ -17,10 +17,11 @@ class Spcache(Peer):
     name = "spcache"
     packages: ClassVar[list[str]] = ["spcache"]
     modules: ClassVar[list[str]] = ["spcache"]
-    kinds: ClassVar[set[str]] = {"spd", "general"}
+    kinds: ClassVar[set[str]] = {"spd", "symmetric", "general"}
     batches = True
     columns = False
     torch_threads: ClassVar[int] = 0  # as the configuration says
+    matrix_kind: ClassVar[str] = ""  # that the system is told, where it is not the case's own
 
     def __init__(self, case: Case) -> None:
         import spcache
@@ -36,7 +37,7 @@ class Spcache(Peer):
     def analyze(self, configuration: Configuration) -> None:
         torch.set_num_threads(configuration["threads"])
         self.spcache.plan_cache.clear()
-        self.system = self.spcache.SparseSystem(self.indices, self.case.n, kind=self.case.kind)
+        self.system = self.spcache.SparseSystem(self.indices, self.case.n, kind=self.matrix_kind or self.case.kind)
 
     def refactorize(self, values: Tensor) -> None:
         self.factor = self.system.factorize(values)
@@ -66,3 +67,12 @@ class SpcacheSingle(Spcache):
     @classmethod
     def takes(cls, case: Case) -> bool:
         return super().takes(case) and case.n >= cls.least
+
+
+class SpcacheGeneral(Spcache):
+    """Our own LU of symmetric matrices: a contestant."""
+
+    name = "spcache-general"
+    kinds: ClassVar[set[str]] = {"symmetric"}
+    heavy = False
+    matrix_kind = "general"

@@ -13,6 +13,7 @@ from torch import Tensor
 from peers.base import THREADS, Configuration, Peer, compressed
 
 MINIMUM_DEGREE, METIS, PARALLEL_METIS = 0, 2, 3
+TYPES = {"spd": 2, "symmetric": -2, "general": 11}
 SMALL = 20_000  # unknowns, beyond which minimum degree does not win
 
 
@@ -30,9 +31,15 @@ class Pardiso(Peer):
     name = "pardiso"
     packages: ClassVar[list[str]] = ["pypardiso", "mkl"]
     modules: ClassVar[list[str]] = ["pypardiso", "threadpoolctl"]
-    kinds: ClassVar[set[str]] = {"spd", "general"}
+    kinds: ClassVar[set[str]] = {"spd", "symmetric", "general"}
 
     def configurations(self) -> Iterator[Configuration]:
+        for configuration in self.schedules():
+            yield configuration
+            if self.case.kind == "symmetric" and configuration["levels"] == 1:  # two levels forbid it
+                yield configuration | {"matching": True}
+
+    def schedules(self) -> Iterator[Configuration]:
         for threads in THREADS[-1:] if self.case.name in LARGE else THREADS:
             for ordering in (METIS, PARALLEL_METIS) if threads > 1 else (METIS,):
                 yield {"ordering": ordering, "levels": 2, "threads": threads}
@@ -43,15 +50,21 @@ class Pardiso(Peer):
     def __init__(self, case: Case) -> None:
         super().__init__(case)
         rows, cols = case.indices
-        upper = cols >= rows if case.kind == "spd" else None
+        upper = cols >= rows if case.kind != "general" else None
+        missing = np.arange(0)
+        if case.kind == "symmetric":  # the whole diagonal must be there
+            missing = np.setdiff1d(np.arange(case.n), rows[rows == cols])
+            rows, cols = np.concatenate([rows, missing]), np.concatenate([cols, missing])
+            upper = cols >= rows
         self.indptr, self.columns, self.positions = compressed(rows, cols, case.n, upper)
+        self.zeros = np.flatnonzero(self.positions >= case.indices.shape[1])
         self.indptr += 1
         self.columns += 1
         self.data = np.ones(len(self.columns))
         self.handle, self.iparm = np.zeros(64, np.int64), np.zeros(64, np.int32)
         self.pardiso = library()["pardiso"]
         self.status = ctypes.c_int32(0)
-        one, zero, mtype, n = map(ctypes.c_int32, (1, 0, 2 if case.kind == "spd" else 11, case.n))
+        one, zero, mtype, n = map(ctypes.c_int32, (1, 0, TYPES[case.kind], case.n))
         matrix = (self.data, self.indptr, self.columns)
         addresses = (ctypes.c_void_p(array.ctypes.data) for array in (self.handle, *matrix, self.iparm))
         pt, a, ia, ja, iparm = addresses
@@ -78,14 +91,23 @@ class Pardiso(Peer):
         self.iparm[1] = configuration["ordering"]
         # pivots below 1e-13 are replaced; neither scaling nor matching: two levels forbid them, and they cost accuracy
         self.iparm[9] = 13 if self.case.kind == "general" else 8
+        self.iparm[20] = self.case.kind == "symmetric"  # pivots of order 2, and refinement where some were replaced
+        if configuration.get("matching"):  # of the first values
+            self.iparm[10] = self.iparm[12] = 1
+            self.fill(torch.from_numpy(self.case.values(0)))
         self.iparm[17] = -1  # report nnz(L)
         self.iparm[18] = configuration.get("flops", 0)
         self.iparm[23] = configuration["levels"] - 1  # of the schedule; 10 crashes in MKL 2026.2
         self.call(11)
 
     def refactorize(self, values: Tensor) -> None:
-        np.take(values.numpy(), self.positions, out=self.data, mode="clip")
+        self.fill(values)
         self.call(22)
+
+    def fill(self, values: Tensor) -> None:
+        np.take(values.numpy(), self.positions, out=self.data, mode="clip")
+        if len(self.zeros):
+            self.data[self.zeros] = 0
 
     def solve(self, b: Tensor, adjoint: bool = False) -> Tensor:
         x = torch.empty_like(b)  # column by column, as b

@@ -1,8 +1,9 @@
 """The LDL engine: L D L^H of Hermitian, L D L^T of symmetric matrices, indefinite ones too; our own kernels.
 
 Tree, schedules and memory are those of a Cholesky factorization. Pivots of order 1 and 2 are chosen inside each front;
-what cannot be done there in a stable way shows in a report, and solves are refined. A pairing of rows, found from
-values whose diagonal does not serve, keeps such pairs in one front.
+what cannot be done there in a stable way shows in a report, and solves are refined. Where the diagonal does not serve,
+trials with the first values find rows that must wait for fronts further up, and an order of elimination in which they
+do. If that does not help, or no longer, a pairing of rows keeps pairs with large entries in one front.
 """
 
 from __future__ import annotations
@@ -15,7 +16,17 @@ from .._pattern import Assembly, compress, workers
 from . import _ldl, _multifrontal, multifrontal
 from .protocol import Failure, Structure
 
-__all__ = ["ORDERINGS", "Storage", "SymbolicFactor", "analyze", "assembly", "magnitudes", "pairing", "variant"]
+__all__ = [
+    "ORDERINGS",
+    "Storage",
+    "SymbolicFactor",
+    "analyze",
+    "arrangement",
+    "assembly",
+    "magnitudes",
+    "pairing",
+    "variant",
+]
 
 _ldl.use_workers(workers())
 
@@ -23,6 +34,8 @@ ORDERINGS = multifrontal.ORDERINGS
 variant = multifrontal.variant
 
 _REASONS = ("", "singular", "untrusted")
+_WEAK = 0.01  # an entry of the diagonal below so much of the largest of its row asks for a trial
+_TRIALS = 12
 
 
 def analyze(
@@ -34,13 +47,16 @@ def analyze(
         structure: canonical lower triangle of the symmetric pattern.
         ordering: one of `ORDERINGS`; "auto" takes AMD or METIS, whichever predicts less work.
         permutation: [n; int32] an ordering computed before or given; `ordering` then only names it.
-        partner: [n; int32] from `pairing`: who shares a front with whom, themselves where nobody does.
+        partner: [n; int32] from `pairing`: who shares a front with whom, themselves where nobody does. Or from
+            `arrangement`, all of it negative: ~order, an order of elimination, whatever the permutation.
     """
     if partner is None:
         if permutation is None:
             ordering, elimination = multifrontal.order(structure, ordering)
             permutation = elimination.perm
         return SymbolicFactor(structure, ordering, permutation)
+    if partner[0] < 0:
+        return SymbolicFactor(structure, ordering, ~partner, moved=True)
     small, members = _merged(structure, partner)
     if permutation is None:
         ordering, elimination = multifrontal.order(small, ordering)
@@ -93,7 +109,53 @@ def magnitudes(assembly: Assembly, values: int, nnz: int, dtype: int, structure:
     return _ldl.magnitudes(assembly, values, nnz, dtype, len(structure.indices))
 
 
-def pairing(structure: Structure, sizes: np.ndarray, always: bool = False) -> np.ndarray | None:
+def arrangement(
+    structure: Structure,
+    assembly: Assembly,
+    values: int,
+    nnz: int,
+    dtype: int,
+    ordering: str,
+    permutation: np.ndarray | None = None,
+) -> np.ndarray | None:
+    """An order of elimination in which fronts have stable pivots for values [nnz] at an address, where the usual one
+    has not: rows without go where a pivoting factorization would have delayed them, to a front further up.
+
+    Each trial is an analysis and a factorization that leaves such rows out; they are moved up by 1, 1, 2, 2, 4, ...
+    fronts, those that are still without by more the next time.
+
+    Args:
+        structure: a lower triangle.
+        assembly: how values add up to it.
+        ordering, permutation: as for `analyze`.
+
+    Returns:
+        [n; int32] ~order, for `analyze`. None where no entry of the diagonal is zero or small, or no row must move.
+    """
+    sizes = magnitudes(assembly, values, nnz, dtype, structure)
+    columns = np.repeat(np.arange(structure.n, dtype=np.int32), np.diff(structure.indptr))
+    diagonal, others = np.zeros(structure.n), np.zeros(structure.n)
+    own = structure.indices == columns
+    diagonal[columns[own]] = sizes[own]
+    for side in (structure.indices, columns):
+        np.fmax.at(others, side[~own], sizes[~own])
+    if (diagonal > _WEAK * others).all():
+        return None
+    order = None
+    plan = analyze(structure, ordering, permutation)
+    for trial in range(_TRIALS):
+        left_out = plan.storage(dtype, 1).trial(assembly, values, nnz)
+        if left_out is None or not left_out.any():
+            break
+        lifted = plan.lift(left_out, 1 << trial // 2)
+        if lifted is None:
+            break
+        order = lifted
+        plan = SymbolicFactor(structure, plan.ordering, order, moved=True)
+    return None if order is None else ~order
+
+
+def pairing(structure: Structure, sizes: np.ndarray) -> np.ndarray | None:
     """Pairs of rows i, j with a large entry a_ij, where the diagonal does not serve.
 
     A permutation of rows with the largest product of entries decides; its cycles are cut into pairs.
@@ -101,15 +163,11 @@ def pairing(structure: Structure, sizes: np.ndarray, always: bool = False) -> np
     Args:
         structure: a lower triangle.
         sizes: magnitudes of its entries.
-        always: False: only where an entry of the diagonal is zero.
 
     Returns:
-        [n; int32] the partner of each row, itself where it has none. None where there are no pairs, where none are
-        needed, and where the structure is singular.
+        [n; int32] the partner of each row, itself where it has none. None where there are no pairs, and where the
+        structure is singular.
     """
-    columns = np.repeat(np.arange(structure.n, dtype=np.int32), np.diff(structure.indptr))
-    if not always and np.count_nonzero(sizes[structure.indices == columns]) == structure.n:
-        return None
     partner = _ldl.pair(structure.indptr, structure.indices, sizes)
     return None if partner is None or (partner == np.arange(structure.n)).all() else partner
 
@@ -134,6 +192,7 @@ class SymbolicFactor:
         ordering: str,
         permutation: np.ndarray,
         expanded: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+        moved: bool = False,
     ):
         self.ordering = ordering
         if expanded is None:
@@ -142,7 +201,7 @@ class SymbolicFactor:
         self._native = _ldl.Symbolic(
             structure.indptr, structure.indices, expanded[0], expanded[1], expanded[2], permutation, _level()
         )
-        self._paired = expanded[0] is not structure.indptr
+        self._moved = moved or expanded[0] is not structure.indptr
         self.nnz: int = self._native.nnz
         self.flops: float = self._native.flops
 
@@ -152,8 +211,13 @@ class SymbolicFactor:
 
     @property
     def permutation(self) -> np.ndarray | None:
-        """[n; int32] original index of each pivot; None where pairs were kept together."""
-        return None if self._paired else self._native.perm
+        """[n; int32] original index of each pivot; None where rows were moved to suit their values."""
+        return None if self._moved else self._native.perm
+
+    def lift(self, left_out: np.ndarray, steps: int) -> np.ndarray | None:
+        """[n; int32] the order of elimination with rows of left_out [n; bool] in fronts so many steps further up; None
+        where all of them are in roots."""
+        return self._native.lift(left_out, steps)
 
     def assembly(
         self, nnz: int, slots: np.ndarray, sources: np.ndarray, roles: np.ndarray, weight: float, hermitian: bool

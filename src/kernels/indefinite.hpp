@@ -13,8 +13,8 @@
 
 namespace spcache {
 
-// A pivot is stable where its multipliers are at most 1 / STABLE.
-constexpr double STABLE = 0.1;
+// A pivot is stable where its multipliers are at most 1 / STABLE; in a trial one is left out beyond 1 / TOLERABLE.
+constexpr double STABLE = 0.1, TOLERABLE = 0.01;
 
 // What the pivots of one matrix were like. Merging is order-independent: no schedule changes it.
 struct Report {
@@ -53,6 +53,14 @@ struct Indefinite {
   const void* A;   // [nnz] the scaled lower triangle
   void* panels;    // [Tree::panel[supernodes]] L below the diagonal of 1; on it D^-1, its second entry above
   int32_t* order;  // [n] per front its rows in the order of elimination, counted from 0; ~row where one of two
+  bool trial;      // rows whose pivots are not tolerable are left out: D^-1 = 0 says which
+};
+
+// Some of the pivots of a front: J .. j of it have just been found, none among j .. end; at first nothing.
+struct Window {
+  int64_t J = 0, j = 0, end = 0;
+  int64_t without = 0;  // columns looked at since the last pivot
+  bool fresh = true;    // the update matrix has not been written to
 };
 
 // Scratch memory of a solve, in units of `lanes` elements, aligned to 64 bytes.
@@ -66,6 +74,11 @@ struct SolveScratch {
 struct IndefiniteKernels {
   // Factors supernodes begin .. end, their children being factored.
   void (*factorize)(const Tree&, const Scatter&, const Indefinite&, int32_t begin, int32_t end, const Scratch&, Report&);
+  // The same for one front, in parts, as in Kernels: while w.j is less than its pivots, from PIVOTS to UPDATE_REST. A
+  // window without pivots needs no updates. The bits are those of `factorize`.
+  void (*assemble)(const Tree&, const Scatter&, const Indefinite&, int32_t s);
+  void (*part)(Part, const Tree&, const Indefinite&, int32_t s, Window& w, int64_t begin, int64_t end, const Scratch&, Report&);
+  int64_t share;  // rows or columns of which begin is a multiple; 0: fronts are not shared
   // One phase of a solve, as in Kernels.
   void (*solve)(const Tree&, const Indefinite&, const Rhs&, bool downwards, int32_t begin, int32_t end,
                 const SolveScratch&);

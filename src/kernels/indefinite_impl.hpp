@@ -57,6 +57,74 @@ inline Real<T> largest(const T* x, int64_t count) {
   return most;
 }
 
+template <class T>
+inline __attribute__((always_inline)) V<T> larger(V<T> top, V<T> v) {
+  v = v < -v ? -v : v;
+  return v > top ? v : top;
+}
+
+// Pivots of order 1 that are taken as they come, a diagonal block of them.
+template <class T>
+struct Unpivoted {
+  T w[8][8], l[8][8];  // below the diagonal L D and L
+  T inverse[8];        // of D
+  Real<T> size[8];     // of D
+  Real<T> most[8];     // largest entry of L D below, in the front
+};
+
+// Rows below these pivots: X = C L^-H (C L^-T unless H) = L D goes to W (conjugated unless H).
+template <class T, bool H, int NR>
+void rows_below(const T* C, int64_t ld, int64_t begin, int64_t end, Unpivoted<T>& pivots, T* w) {
+  constexpr bool conjugated = W<T> == 1 && !H;
+  T b[NR][NR];
+  UNROLL for (int c = 0; c < NR; c++)
+    UNROLL for (int p = 0; p < c; p++) b[c][p] = mirrored<T, H>(pivots.l[c][p]);
+  auto strip = [&](int64_t i, auto load, auto store, auto keep) __attribute__((always_inline)) {
+    V<T> x[NR];
+    UNROLL for (int c = 0; c < NR; c++) {
+      x[c] = load(C + i + c * ld);
+      UNROLL for (int p = 0; p < c; p++) x[c] -= x[p] * broadcast(b[c][p]);
+      if constexpr (conjugated) store(w + i + c * ld, conj(x[c]));
+      else store(w + i + c * ld, x[c]);
+      keep(c, x[c]);
+    }
+  };
+  if constexpr (W<T> == 1) {
+    for (int64_t i = begin; i < end; i++)
+      strip(i, [](const T* p) { return *p; }, [](T* p, T x) { *p = x; }, [&](int c, T x) {
+        const Real<T> a = size_of(x);
+        if (a > pivots.most[c]) pivots.most[c] = a;
+      });
+  } else {
+    V<T> top[NR];
+    UNROLL for (int c = 0; c < NR; c++) top[c] = broadcast(T(0));
+    auto keep = [&](int c, V<T> x) __attribute__((always_inline)) { top[c] = larger<T>(top[c], x); };
+    int64_t i = begin;
+    for (; i + W<T> <= end; i += W<T>)
+      strip(i, [](const T* p) { return load(p); }, [](T* p, V<T> x) { store(p, x); }, keep);
+    if (i < end) {
+      const int r = int(end - i);
+      strip(i, [=](const T* p) { return load_part(p, r); }, [=](T* p, V<T> x) { store_part(p, x, r); }, keep);
+    }
+    for (int c = 0; c < NR; c++)
+      for (int l = 0; l < W<T>; l++)
+        if (top[c][l] > pivots.most[c]) pivots.most[c] = top[c][l];
+  }
+}
+
+// y[0:count] = a * x, x conjugated if asked for
+template <class T, bool CONJUGATED>
+void scaled(T a, const T* x, int64_t count, T* y) {
+  const V<T> v = broadcast(a);
+  int64_t i = 0;
+  if constexpr (W<T> == 1) {
+    for (; i < count; i++) y[i] = a * (CONJUGATED ? conj(x[i]) : x[i]);
+  } else {
+    for (; i + W<T> <= count; i += W<T>) store(y + i, load(x + i) * v);
+    if (i < count) store_part(y + i, load_part(x + i, int(count - i)) * v, int(count - i));
+  }
+}
+
 // y[0:count] -= A[count, depth] * conj(b), b with stride ldb.
 template <class T>
 void subtract_columns(const T* A, int64_t lda, int64_t depth, const T* b, int64_t ldb, T* y, int64_t count) {
@@ -112,7 +180,7 @@ void update(const T* A, const T* B, int64_t ld, int64_t rows, int64_t columns, i
 }
 
 // Partial L D L^H of one front, window of at most BLOCK pivots by window. Columns are exchanged inside of a window, so
-// that those behind it wait for one large update; a window in which no pivot is found goes to the end of the panel.
+// that those behind it wait for one large update; columns for which no pivot is found go to the end of the panel.
 template <class T, bool H>
 class Pivoting {
   using R = Real<T>;
@@ -130,46 +198,69 @@ class Pivoting {
   const int64_t m, k;
   int32_t* const order;
   T *const Wc, *const memory;  // L D of the window, conjugated unless H; packed blocks
+  T* const Z;                  // columns as they are now
   T *X, *Y;                    // columns c and r as they are now, from row j on
   Report& report;
   const int32_t first;         // pivot number of the front's first row
+  const bool trial;
   int64_t J = 0, I = 0, j = 0, end = 0;  // window, inner block, next pivot, end of the window
   int64_t next = 0;            // column to look at first
 
  public:
-  Pivoting(T* panel, int64_t rows, int64_t columns, int32_t* order_, T* work, int32_t first_, Report& report_)
-      : P(panel), m(rows), k(columns), order(order_), Wc(work), memory(work + (BLOCK + 2) * rows), X(work + BLOCK * rows),
-        Y(X + rows), report(report_), first(first_) {}
+  Pivoting(T* panel, int64_t rows, int64_t columns, int32_t* order_, T* work, int32_t first_, bool trial_, Report& report_)
+      : P(panel), m(rows), k(columns), order(order_), Wc(work), memory(work + (BLOCK + 2 + NB<T>) * rows),
+        Z(work + (BLOCK + 2) * rows), X(work + BLOCK * rows), Y(X + rows), report(report_), first(first_), trial(trial_) {}
 
   static int64_t work_size(int64_t rows) {
     const int64_t packed = W<T> == 1 ? 0 : (rows + TILE_ROWS<T> + rows + NB<T>) * BLOCK;
-    return (BLOCK + 2) * rows + packed;
+    return (BLOCK + 2 + NB<T>) * rows + packed;
   }
 
   // U becomes -L21 D L21^H.
   void factor(T* U) {
-    bool fresh = true;
-    for (int64_t i = 0; i < k; i++) order[i] = int32_t(i);
     const int64_t u = m - k;
-    int64_t without = 0;  // columns that have failed since the last pivot
-    while (j < k) {
-      J = I = next = j;
-      end = k - j < BLOCK ? k : j + BLOCK;
-      const bool forced = without >= k - j;
-      while (j < end) {
-        if (!eliminate(forced && j == J)) break;
-        if (j - I >= INNER) update_window();
-      }
-      update_window();
-      const int64_t found = j - J;
-      without = found ? 0 : without + end - j;
-      if (found) {
-        update(P + end + J * m, Wc + end, m, m - end, k - end, found, P + end + end * m, m, false, memory);
-        update(P + k + J * m, Wc + k, m, u, u, found, U, u, fresh, memory);
-        fresh = false;
-      }
-      for (int64_t a = end - 1, b = k - 1; end < k && a >= j && b >= end; a--, b--) exchange(a, b, false);
+    for (Window w; w.j < k;) {
+      pivots(w);
+      if (w.j == w.J) continue;
+      update(P + w.end + w.J * m, Wc + w.end, m, m - w.end, k - w.end, w.j - w.J, P + w.end + w.end * m, m, false, memory);
+      update(P + k + w.J * m, Wc + k, m, u, u, w.j - w.J, U, u, w.fresh, memory);
     }
+  }
+
+  // The pivots of the window after w; what is behind it has been updated with those before. Other columns do not change.
+  void pivots(Window& w) {
+    if (!w.end)
+      for (int64_t i = 0; i < k; i++) order[i] = int32_t(i);
+    j = w.j;
+    for (int64_t a = w.end - 1, b = k - 1; w.end < k && a >= j && b >= w.end; a--, b--) exchange(a, b, false);
+    w.fresh = j == 0;
+    w.J = J = I = next = j;
+    w.end = end = k - j < BLOCK ? k : j + BLOCK;
+    const bool forced = w.without >= k - j;
+    // As they come, as long as that is stable; others wait at the end of the window. If none is: one after the other.
+    int64_t waiting = end;
+    for (bool any = false; j < end;) {
+      if (j < waiting) {
+        const int nb = int(waiting - j < NB<T> ? waiting - j : NB<T>), taken = unpivoted(nb);
+        any |= taken > 0;
+        if (taken < nb && j < --waiting) exchange(j, waiting, true);
+      } else {
+        if (!any && !search(forced && j == J)) break;
+        any = false;
+        waiting = end;
+      }
+    }
+    update_window();
+    w.j = j;
+    w.without = j > J ? 0 : w.without + end - j;
+  }
+
+  // The updates of `factor` in parts, for threads that share them.
+  Packed<T> packed(const Window& w, int64_t row) const { return packed_in(memory, m - row, w.j - w.J); }
+  void pack_rows(const Window& w, int64_t row, int64_t begin, int64_t stop) const {
+    const Packed<T> to = packed(w, row);
+    pack(P + row + begin + w.J * m, m, stop - begin, to.depth, TILE_ROWS<T>, const_cast<T*>(to.rows) + begin * to.depth);
+    pack(Wc + row + begin, m, stop - begin, to.depth, NB<T>, const_cast<T*>(to.columns) + begin * to.depth);
   }
 
  private:
@@ -179,6 +270,85 @@ class Pivoting {
     if (j > I && j < end)
       update_from(P + j + I * m, Wc + j + (I - J) * m, m, m - j, end - j, j - I, P + j + j * m, m, false);
     I = j;
+  }
+
+  // Eliminates the next nb columns as they come, up to the first that is not stable alone; returns how many these are.
+  int unpivoted(int nb) {
+    const int64_t at = j, depth = at - I, rows = m - at;
+    const T* C = P + at + at * m;
+    auto columns = [&](int count, int64_t begin, int64_t end) {  // rows of columns as they are now
+      if (!depth) return;
+      for (int c = 0; c < count; c++)
+        memcpy(static_cast<void*>(Z + begin + c * m), C + begin + c * m, size_t(end - begin) * sizeof(T));
+      for (int64_t i = begin; i < end; i += TILE_ROWS<T>)
+        tile_any<T, false>(count, P + at + i + I * m, m, Wc + at + (I - J) * m, m, depth, Z + i, m,
+                           end - i < TILE_ROWS<T> ? end - i : TILE_ROWS<T>, false, nullptr);
+    };
+    Unpivoted<T> pivots;
+    T* const w = Wc + at + (at - J) * m;
+    columns(nb, 0, nb);
+    int found = diagonal_block(depth ? Z : C, m, nb, pivots);
+    if (!found) return 0;
+    columns(found, nb, rows);
+    found = eliminate_below(found, nb, depth ? Z : C, rows, w, pivots);
+    for (int c = 0; c < found; c++) {
+      T* L = P + at + (at + c) * m;
+      const R most = pivots.most[c], size = pivots.size[c];
+      const double multiplier = double(most) / double(size);
+      if (multiplier > report.multiplier) report.multiplier = multiplier;
+      note(most > size ? most : size);
+      (real(pivots.inverse[c]) < 0 ? report.negative : report.positive)++;
+      report.weaker(double(size), first + order[at + c]);
+      report.finite &= size_of(pivots.inverse[c]) <= MOST && size <= MOST;
+      L[c] = pivots.inverse[c];
+      for (int i = c + 1; i < nb; i++) L[i] = pivots.l[i][c], w[i + c * m] = H ? pivots.w[i][c] : conj(pivots.w[i][c]);
+      scaled<T, W<T> == 1 && !H>(pivots.inverse[c], w + nb + c * m, rows - nb, L + nb);
+    }
+    j += found;
+    return found;
+  }
+
+  // L and D of a diagonal block of order nb, as far as pivots are stable inside of it; how far that is.
+  static int diagonal_block(const T* C, int64_t m, int nb, Unpivoted<T>& pivots) {
+    T(&a)[8][8] = pivots.w;
+    for (int c = 0; c < nb; c++)
+      for (int i = c; i < nb; i++) a[i][c] = C[i + c * m];
+    for (int c = 0; c < nb; c++) {
+      const T d = H ? T(real(a[c][c])) : a[c][c];
+      const R size = size_of(d);
+      R most = 0;
+      for (int i = c + 1; i < nb; i++) {
+        const R s = size_of(a[i][c]);
+        if (!(s <= most)) most = s;
+      }
+      if (!(size > 0 && size >= R(STABLE) * most)) return c;
+      pivots.inverse[c] = inverse(d);
+      pivots.size[c] = size, pivots.most[c] = most;
+      for (int i = c + 1; i < nb; i++) {
+        const T l = a[i][c] * pivots.inverse[c];
+        pivots.l[i][c] = l;
+        for (int q = c + 1; q <= i; q++) a[i][q] -= l * mirrored<T, H>(a[q][c]);
+      }
+    }
+    return nb;
+  }
+
+  // L D of the rows below `found` of these pivots; how many of them are stable there too.
+  int eliminate_below(int found, int nb, const T* C, int64_t rows, T* w, Unpivoted<T>& pivots) const {
+    switch (found) {
+      case 0: return 0;
+      case 1: rows_below<T, H, 1>(C, m, nb, rows, pivots, w); break;
+      case 2: rows_below<T, H, 2>(C, m, nb, rows, pivots, w); break;
+      case 3: rows_below<T, H, 3>(C, m, nb, rows, pivots, w); break;
+      case 4: rows_below<T, H, 4>(C, m, nb, rows, pivots, w); break;
+      case 5: rows_below<T, H, 5>(C, m, nb, rows, pivots, w); break;
+      case 6: rows_below<T, H, 6>(C, m, nb, rows, pivots, w); break;
+      case 7: rows_below<T, H, 7>(C, m, nb, rows, pivots, w); break;
+      default: rows_below<T, H, 8>(C, m, nb, rows, pivots, w);
+    }
+    for (int c = 0; c < found; c++)
+      if (!(pivots.size[c] >= R(STABLE) * pivots.most[c])) return c;
+    return found;
   }
 
   // Column c of what remains, rows j .. m.
@@ -228,6 +398,14 @@ class Pivoting {
     return most > 0 ? det / most : MOST;
   }
 
+  // Eliminates some pivots, each looked for. False: there is none that is stable.
+  bool search(bool forced) {
+    const int64_t start = j;
+    update_window();
+    while (j < end && j - start < INNER && eliminate(forced && j == J)) {}
+    return j > start;
+  }
+
   // Finds a pivot and eliminates it. False: none of those that were looked at is stable. Forced: the best of them.
   bool eliminate(bool forced) {
     Pivot best;
@@ -272,6 +450,7 @@ class Pivoting {
   }
 
   void take(const Pivot& pivot) {
+    if (trial && pivot.quality < R(TOLERABLE)) return leave_out(pivot.c);
     const double multiplier = pivot.quality > 0 ? 1 / double(pivot.quality) : double(MOST);
     if (multiplier > report.multiplier) report.multiplier = multiplier;
     if (pivot.r < 0) {
@@ -283,6 +462,13 @@ class Pivoting {
       to_front(r, j + 1);
       pair();
     }
+  }
+
+  void leave_out(int64_t c) {
+    to_front(c, j);
+    memset(static_cast<void*>(P + j + j * m), 0, size_t(m - j) * sizeof(T));
+    memset(static_cast<void*>(Wc + j + (j - J) * m), 0, size_t(m - j) * sizeof(T));
+    j++;
   }
 
   void to_front(int64_t from, int64_t to) {
@@ -366,19 +552,47 @@ class Pivoting {
 };
 
 template <class T, bool H>
+void assemble_indefinite(const Tree& t, const Scatter& entries, const Indefinite& f, int32_t s) {
+  const T* A = static_cast<const T*>(f.A);
+  T* P = static_cast<T*>(f.panels) + t.panel[s];
+  for (int64_t e = entries.begin[s]; e < entries.begin[s + 1]; e++) {
+    const int32_t slot = entries.slot[e];
+    P[entries.target[e]] += slot >= 0 ? A[slot] : mirrored<T, H>(A[~slot]);
+  }
+}
+
+template <class T, bool H>
+Pivoting<T, H> pivoting(const Front<T>& front, const Indefinite& f, Report& report) {
+  const int32_t first = front.t.first[front.s];
+  return {front.P, front.m, front.k, f.order + first, static_cast<T*>(front.scratch.pack), first, f.trial, report};
+}
+
+template <class T, bool H>
 void factorize_indefinite(const Tree& t, const Scatter& entries, const Indefinite& f, int32_t begin, int32_t end,
                           const Scratch& scratch, Report& report) {
-  const T* A = static_cast<const T*>(f.A);
   for (int32_t s = begin; s < end; s++) {
     const Front<T> front(t, f.panels, s, scratch);
     front.begin_panel(0, front.k);
-    for (int64_t e = entries.begin[s]; e < entries.begin[s + 1]; e++) {
-      const int32_t slot = entries.slot[e];
-      front.P[entries.target[e]] += slot >= 0 ? A[slot] : mirrored<T, H>(A[~slot]);
-    }
-    Pivoting<T, H>(front.P, front.m, front.k, f.order + t.first[s], static_cast<T*>(scratch.pack), t.first[s], report)
-        .factor(front.U);
+    assemble_indefinite<T, H>(t, entries, f, s);
+    pivoting<T, H>(front, f, report).factor(front.U);
     front.finish_rest(0, front.u);
+  }
+}
+
+template <class T, bool H>
+void part_indefinite(Part what, const Tree& t, const Indefinite& f, int32_t s, Window& w, int64_t begin, int64_t end,
+                     const Scratch& scratch, Report& report) {
+  const Front<T> front(t, f.panels, s, scratch);
+  Pivoting<T, H> p = pivoting<T, H>(front, f, report);
+  switch (what) {
+    case BEGIN_PANEL: front.begin_panel(begin, end); break;
+    case PIVOTS: p.pivots(w); break;
+    case PACK_PANEL: p.pack_rows(w, w.end, begin, end); break;
+    case PACK_REST: p.pack_rows(w, front.k, begin, end); break;
+    case UPDATE_PANEL: update_packed(p.packed(w, w.end), begin, end, front.P + w.end + w.end * front.m, front.m, false); break;
+    case UPDATE_REST: update_packed(p.packed(w, front.k), begin, end, front.U, front.u, w.fresh); break;
+    case FINISH_REST: front.finish_rest(begin, end); break;
+    case ROWS: break;  // PIVOTS has done them
   }
 }
 
@@ -535,7 +749,8 @@ void solve_indefinite(const Tree& t, const Indefinite& f, const Rhs& rhs, bool d
 }
 
 template <class T, bool H>
-constexpr IndefiniteKernels indefinite_of = {factorize_indefinite<T, H>, solve_indefinite<T, H>, W<T>,
+constexpr IndefiniteKernels indefinite_of = {factorize_indefinite<T, H>, assemble_indefinite<T, H>, part_indefinite<T, H>,
+                                             W<T> == 1 ? 0 : SHARE, solve_indefinite<T, H>, W<T>,
                                              Pivoting<T, H>::work_size};
 
 const IndefiniteKernels* choose(Dtype dtype, bool hermitian) {

@@ -20,6 +20,8 @@ namespace {
 
 // Solves are refined unless pivots were stable and what was left of the matrix did not grow beyond this.
 constexpr double GROWTH_GOOD = 8;
+// Whether refinement succeeds is tried at once beyond this, times 1 / sqrt(eps); else solves will see.
+constexpr double GROWTH_DOUBTFUL = 1e-3;
 // Refinement ends at an error of so many eps: at GOOD at once, at ENOUGH where a step gains less than GAIN.
 constexpr double GAIN = 0.3, GOOD = 2, ENOUGH = 32;
 constexpr int MOST_STEPS = 12;
@@ -42,6 +44,14 @@ void share_or_throw(int64_t count, int threads, Work work) {
 }
 
 template <class R> R part(R a) { return std::abs(a); }
+// Of a positive finite number: it is at least 2 to this power, and less than twice that.
+inline int32_t exponent(double a) {
+  int64_t bits;
+  memcpy(&bits, &a, sizeof bits);
+  return int32_t(bits >> 52) - 1023;  // of subnormal numbers a little more than it should be
+}
+inline int32_t exponent(float a) { return exponent(double(a)); }
+
 template <class R> R part(Complex<R> a) { return std::max(std::abs(a.re), std::abs(a.im)); }
 
 }  // namespace
@@ -62,6 +72,24 @@ LdlPlan::LdlPlan(int32_t n, const int64_t* Ap, const int32_t* Ai, const int64_t*
 
 int64_t LdlPlan::nbytes() const {
   return plan.nbytes() + 8 * int64_t(indptr.size() + begin.size()) + 12 * int64_t(slot.size());
+}
+
+int64_t LdlPlan::lift(const char* left_out, int steps, int32_t* order) const {
+  std::vector<std::vector<int32_t>> more(plan.supernodes);
+  int64_t moved = 0;
+  int32_t count = 0;
+  for (int32_t s = 0; s < plan.supernodes; s++) {
+    int32_t to = s;
+    for (int step = 0; step < steps && plan.parent[to] >= 0; step++) to = plan.parent[to];
+    for (int32_t j = plan.first[s]; j < plan.first[s + 1]; j++) {
+      const bool lifted = left_out[plan.perm[j]] && to != s;
+      if (lifted) more[to].push_back(plan.perm[j]);
+      else order[count++] = plan.perm[j];
+      moved += lifted;
+    }
+    for (int32_t i : more[s]) order[count++] = i;
+  }
+  return moved;
 }
 
 void LdlWorkspace::Free::operator()(void* p) const { free(p); }
@@ -109,7 +137,7 @@ class LdlFactorsOf final : public LdlFactors {
   int64_t stored() const { return plan.plan.panel.back(); }
   T mirrored(T a) const { return hermitian ? conj(a) : a; }
   Indefinite matrix(int64_t e) const {
-    return {A.get() + e * nnz(), panels.get() + e * stored(), const_cast<int32_t*>(order.data()) + e * n()};
+    return {A.get() + e * nnz(), panels.get() + e * stored(), const_cast<int32_t*>(order.data()) + e * n(), false};
   }
 
  public:
@@ -134,6 +162,28 @@ class LdlFactorsOf final : public LdlFactors {
       factorize(assembly, static_cast<const T*>(values) + e * assembly.nnz, check, e, schedule, *work[thread],
                 workspaces > 1 ? 1 : threads);
     });
+  }
+
+  bool trial(const Assembly& assembly, const void* values, const Schedule& schedule, LdlWorkspace& work,
+             char* left_out) override {
+    hermitian = complex && assembly.hermitian;
+    failed[0] = 0;
+    memset(static_cast<void*>(A.get()), 0, sizeof(T) * size_t(nnz()));
+    assemble(assembly, 0, static_cast<const T*>(values), A.get());
+    if (not_finite(A.get()) >= 0) return false;
+    equilibrate(A.get(), scale.data());
+    Indefinite f = matrix(0);
+    f.trial = true;
+    factor(f, schedule, work, 1);
+    for (int32_t s = 0; s < plan.plan.supernodes; s++) {
+      const int64_t first = plan.plan.first[s], k = plan.plan.first[s + 1] - first, m = k + plan.plan.row[s + 1] - plan.plan.row[s];
+      for (int64_t j = 0; j < k; j++) {
+        const int32_t o = order[first + j];
+        const T d = panels[plan.plan.panel[s] + j + j * m];
+        left_out[plan.plan.perm[first + (o < 0 ? ~o : o)]] = o >= 0 && part(d) == 0;
+      }
+    }
+    return true;
   }
 
   int64_t solve(int64_t f, const void* b, void* x, int64_t width, bool adjoint, const Schedule& schedule,
@@ -183,7 +233,8 @@ class LdlFactorsOf final : public LdlFactors {
     }
     refined[e] = report.replaced || report.multiplier > 1.01 / STABLE || report.growth > GROWTH_GOOD;
     if (!check) return;
-    if (refined[e] && probe(e, schedule, work, threads) < 0) {
+    const bool doubtful = report.replaced || report.growth > GROWTH_DOUBTFUL / std::sqrt(EPS);
+    if (doubtful && probe(e, schedule, work, threads) < 0) {
       failed[e] = caller(report.weak);
       verdict[e] = UNTRUSTED;
     } else if (report.weakest < (sizeof(R) == 4 ? WEAK_PIVOT_SINGLE : WEAK_PIVOT) &&
@@ -202,38 +253,38 @@ class LdlFactorsOf final : public LdlFactors {
     return j;
   }
 
-  // S, and S A S for A. Exponents are found in double, whose range holds all products.
+  // S, and S A S for A. Powers of two need the exponents of the entries only.
   void equilibrate(T* a, R* s) const {
     const int64_t* p = plan.indptr.data();
     const int32_t* row = plan.indices.data();
-    constexpr int LIMIT = sizeof(R) == 4 ? 60 : 500;
-    std::vector<double> factor(n(), 1), top(n());
+    constexpr int32_t LIMIT = sizeof(R) == 4 ? 60 : 500, NONE = -100000;
+    std::vector<int32_t> entry(nnz()), factor(n(), 0), top(n());
+    for (int64_t e = 0; e < nnz(); e++) {
+      const R v = part(a[e]);
+      entry[e] = v > 0 ? exponent(v) : NONE;
+    }
     for (int round = 0; round < SCALINGS; round++) {
-      std::fill(top.begin(), top.end(), 0.0);
+      std::fill(top.begin(), top.end(), NONE);
       for (int64_t j = 0; j < n(); j++) {
-        double most = 0;
-        const double own = factor[j];
+        int32_t most = NONE;
+        const int32_t own = factor[j];
         for (int64_t e = p[j]; e < p[j + 1]; e++) {
-          const int32_t i = row[e];
-          const double v = double(part(a[e])) * own * factor[i];
-          most = v > most ? v : most;
-          top[i] = v > top[i] ? v : top[i];
+          const int32_t i = row[e], v = entry[e] + own + factor[i];
+          most = std::max(most, v);
+          top[i] = std::max(top[i], v);
         }
-        top[j] = most > top[j] ? most : top[j];
+        top[j] = std::max(top[j], most);
       }
       bool done = true;
       for (int64_t i = 0; i < n(); i++) {
-        if (!(top[i] > 0 && top[i] <= DBL_MAX)) continue;
-        if (top[i] >= 0.25 && top[i] < 4) continue;
-        const int old = std::ilogb(factor[i]), change = -std::ilogb(top[i]) / 2;
-        const int now = std::clamp(old + (change ? change : top[i] < 1 ? 1 : -1), -LIMIT, LIMIT);
-        if (now == old) continue;
-        factor[i] = std::ldexp(1.0, now);
-        done = false;
+        if (top[i] < NONE / 2 || (top[i] >= -2 && top[i] <= 1)) continue;  // empty, or from 1/4 on and below 4
+        const int32_t change = -top[i] / 2, now = std::clamp(factor[i] + (change ? change : top[i] < 0 ? 1 : -1), -LIMIT, LIMIT);
+        done &= now == factor[i];
+        factor[i] = now;
       }
       if (done) break;
     }
-    for (int64_t i = 0; i < n(); i++) s[i] = R(factor[i]);
+    for (int64_t i = 0; i < n(); i++) s[i] = std::ldexp(R(1), factor[i]);
     for (int64_t j = 0; j < n(); j++)
       for (int64_t e = p[j]; e < p[j + 1]; e++) a[e] = s[row[e]] * (s[j] * a[e]);
   }
@@ -242,13 +293,38 @@ class LdlFactorsOf final : public LdlFactors {
     const Scatter scatter{plan.begin.data(), plan.slot.data(), plan.target.data()};
     const IndefiniteKernels& k = *both[hermitian];
     std::vector<Report> reports(threads);
-    run_tasks(schedule, false, work.queue, Crew(threads), [&](int32_t i, int thread) {
+    const Crew crew(threads);
+    run_tasks(schedule, false, work.queue, crew, [&](int32_t i, int thread) {
       const Schedule::Task& task = schedule.tasks[i];
       k.factorize(tree, scatter, f, task.begin, task.end, work.scratch[thread], reports[thread]);
     });
-    for (int32_t s : schedule.top) k.factorize(tree, scatter, f, s, s + 1, work.scratch[0], reports[0]);
+    for (int32_t s : schedule.top) together(k, scatter, f, s, work.scratch[0], reports[0], crew);
     for (int t = 1; t < threads; t++) reports[0].merge(reports[t]);
     return reports[0];
+  }
+
+  // One front, by all threads.
+  void together(const IndefiniteKernels& kernels, const Scatter& scatter, const Indefinite& f, int32_t s,
+                const Scratch& scratch, Report& report, const Crew& crew) const {
+    const int64_t k = tree.first[s + 1] - tree.first[s], u = tree.row[s + 1] - tree.row[s], m = k + u, piece = kernels.share;
+    if (crew.size() == 1 || !piece || m < SHARE_FROM) return kernels.factorize(tree, scatter, f, s, s + 1, scratch, report);
+    Window w;
+    auto share = [&](Part what, int64_t count, int64_t size) {
+      crew.share((count + size - 1) / size, [&](int64_t i, int) {
+        kernels.part(what, tree, f, s, w, i * size, std::min((i + 1) * size, count), scratch, report);
+      });
+    };
+    share(BEGIN_PANEL, k, piece / 5);
+    kernels.assemble(tree, scatter, f, s);
+    while (w.j < k) {
+      kernels.part(PIVOTS, tree, f, s, w, 0, 0, scratch, report);
+      if (w.j == w.J) continue;
+      share(PACK_PANEL, w.end < k ? m - w.end : 0, piece);
+      share(UPDATE_PANEL, k - w.end, piece / 5);
+      share(PACK_REST, u, piece);
+      share(UPDATE_REST, u, piece / 5);
+    }
+    share(FINISH_REST, u, piece / 5);
   }
 
   // x = (S A S)^-1 b as the factor has it.

@@ -21,6 +21,9 @@ struct LdlPlan {
   LdlPlan(int32_t n, const int64_t* indptr, const int32_t* indices, const int64_t* tree_indptr,
           const int32_t* tree_indices, const int32_t* slots, const int32_t* perm);
   int64_t nbytes() const;
+  // An order of elimination, order [n]: that of the plan, but rows that left_out marks come last among the pivots of a front
+  // `steps` above their own, or of the root. Returns how many were moved.
+  int64_t lift(const char* left_out, int steps, int32_t* order) const;
 
   Plan plan;
   std::vector<int64_t> indptr, begin;  // [n + 1], [supernodes + 1]
@@ -55,6 +58,9 @@ class LdlFactors {
   // Factors values [batch, nnz of the assembly]. check: a factor that cannot be trusted fails.
   virtual void factorize(const Assembly&, const void* values, bool check, const Schedule&, LdlWorkspace* const* work,
                          int workspaces, int threads) = 0;
+  // Marks in left_out [n] the rows of the first of `values` that find no tolerable pivot in their fronts. False where
+  // values are not finite. The factor of the first matrix is lost.
+  virtual bool trial(const Assembly&, const void* values, const Schedule&, LdlWorkspace&, char* left_out) = 0;
   // x = A[f]^-1 b, or A[f]^-H, for right-hand sides [n, width]. Returns the steps of refinement, or ~steps where they
   // did not lead to a small residual.
   virtual int64_t solve(int64_t f, const void* b, void* x, int64_t width, bool adjoint, const Schedule&, LdlWorkspace&,

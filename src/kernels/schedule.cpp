@@ -14,7 +14,6 @@ namespace {
 // Less work than this is done before a second thread has started.
 constexpr double PARALLEL_FROM = 4e6;  // units of `work_of`
 
-constexpr int64_t SHARE_FROM = 480;  // rows of a front that threads share
 constexpr int PIECES = 8;            // pieces of work for each thread, at least
 constexpr int MOST_LANES = 64;       // matrices side by side
 constexpr int MOST_SPLITS = 64;      // for each thread

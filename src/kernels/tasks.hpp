@@ -5,6 +5,8 @@
 
 namespace spcache {
 
+constexpr int64_t SHARE_FROM = 480;  // rows of a front that threads share
+
 // Smaller factors are solved with before a second thread has begun.
 constexpr int64_t PARALLEL_SOLVE_FROM = 1 << 17;  // numbers in the factor
 
