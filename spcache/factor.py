@@ -8,19 +8,21 @@ import math
 import weakref
 from collections.abc import Callable
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ._pattern import Assembly, Loan, ValuesCopy
-from .convention import TRANSPOSED
+from .convention import NONE, TRANSPOSED, Convention
 from .engines import ldl, multifrontal
 from .engines.protocol import DTYPE_CODES, Failure, Storage, SymbolicFactor
-from .errors import MODIFIED
+from .errors import MODIFIED, SingularMatrixError
 from .handles import factor_handle
 from .library import is_vector, recorded, traced_solve
 from .memory import plain
+from .refinement import ENOUGH, EPS, Errors, refine, residual, scales
 from .stats import Stats
 from .torch_private import transformed
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from .factorizer import Factorizer
 
 __all__ = ["Factor", "NumericFactor", "Pool", "describe"]
+
+Careful: TypeAlias = "weakref.WeakMethod[Callable[[Tensor, NumericFactor], NumericFactor]]"
 
 # Idle storages a pool keeps: fresh memory costs page faults at every step.
 KEEP_IDLE = 4
@@ -42,26 +46,31 @@ class NumericFactor:
         failures: per matrix, why it has no factor; None where all have one.
         failed: the same as a bool tensor of `batch_shape`, or None.
         finite: whether the values were seen to be finite before they were factorized.
+        doubtful: whether solves are refined by the residual of the values: the engine is not sure of its pivots.
+        last: it is the last resort: there is no other factor where refinement stalls.
+        scale: [2, batch, n; float64] those of the equations and of the unknowns, where they were needed.
     """
 
     __slots__ = (
-        "__weakref__", "_careful", "_copy", "_loan", "_stats", "_substitute", "_threads", "batch_shape", "dtype",
-        "failed", "failures", "finite", "n", "plan", "storage",
+        "__weakref__", "_copy", "_loan", "_pool", "_stats", "_substitute", "batch_shape", "code", "doubtful", "dtype",
+        "failed", "failures", "finite", "last", "n", "plan", "scale", "storage",
     )  # fmt: skip
 
-    def __init__(self, pool: Pool, loan: Loan, values: Tensor):
+    def __init__(self, pool: Pool, loan: Loan, values: Tensor, code: int):
         self._loan = loan
         self._copy: ValuesCopy = loan.copy
+        self._pool = pool
         self._stats = pool.stats
-        self._threads = pool.threads
-        self._careful = pool.careful
         self._substitute: NumericFactor | None = None
+        self.code = code  # scalar type of the storage
         self.plan = pool.plan
         self.n = pool.n
         self.storage: Storage = loan.storage
         self.batch_shape = values.shape[:-1]
         self.dtype = values.dtype
-        self.finite = False
+        self.finite = self.last = False
+        self.scale: np.ndarray | None = None
+        self.doubtful: bool = getattr(self.storage, "doubtful", False)
         self.failures = self.storage.failures()
         self.failed: Tensor | None = None
         if self.failures is not None:
@@ -70,7 +79,8 @@ class NumericFactor:
     @property
     def nbytes(self) -> int:
         substitute = self._substitute.nbytes if self._substitute is not None else 0
-        return self.storage.nbytes + self._copy.nbytes + substitute
+        scale = self.scale.nbytes if self.scale is not None else 0
+        return self.storage.nbytes + self._copy.nbytes + scale + substitute
 
     def same_values(self, values: Tensor) -> bool:
         """Whether these are the very values factorized here: shape, type and every bit."""
@@ -87,26 +97,89 @@ class NumericFactor:
         if b.dtype != self.dtype:
             self._refuse_dtype(b)
         own = 1 if vector else 2
-        lead, factors, index = b.shape[:-own], 0, None
+        lead, index = b.shape[:-own], None
         if self.batch_shape and lead != self.batch_shape:
             lead = torch.broadcast_shapes(lead, self.batch_shape)
             b = b.expand(*lead, *b.shape[-own:])
             index = torch.arange(self.storage.batch, device="cpu").view(self.batch_shape).expand(lead).contiguous()
-            factors = index.data_ptr()
         b = plain(b)
-        x = torch.empty_like(b)
+        if self._substitute is not None:
+            return self._substitute.solve(b, vector, adjoint)
         start = perf_counter()
-        width, threads = 1 if vector else b.shape[-1], self._threads or torch.get_num_threads()
-        steps = self.storage.solve(b.data_ptr(), x.data_ptr(), math.prod(lead), width, factors, adjoint, threads) or 0
+        columns = b.view(math.prod(lead), self.n, 1 if vector else b.shape[-1])
+        x, steps = self._solutions(columns, index, adjoint)
         stats = self._stats
         stats.seconds["solve"] += perf_counter() - start
         stats.solves += 1
         stats.refinements += steps if steps >= 0 else ~steps
-        if steps < 0 and self._careful is not None:
-            if self._substitute is None:
-                self._substitute = self._careful(self._factorized())
-            return self._substitute.solve(b, vector, adjoint)
-        return x
+        if steps < 0 and self._pool.careful is not None:
+            return self._replaced().solve(b, vector, adjoint)
+        return x.view(b.shape)
+
+    def _solutions(self, b: Tensor, index: Tensor | None, adjoint: bool) -> tuple[Tensor, int]:
+        """For columns b [count, n, width], the index[p]-th matrix of the batch for each. Steps: see `Storage.solve`."""
+        x, steps = self._direct(b, index, adjoint)
+        if not self.doubtful:
+            return x, steps
+        select = self._select(index, len(b))
+
+        def improve(x: Tensor, r: Tensor) -> Tensor:
+            return torch.from_numpy(x.numpy() + self._direct(r, index, adjoint)[0].numpy())  # on this thread alone
+
+        x, steps, errors = refine(x, lambda x: self.residual(b, x, select, adjoint), improve)
+        return x, self._judged(steps, errors.min(0), b, select)
+
+    def _direct(self, b: Tensor, index: Tensor | None, adjoint: bool) -> tuple[Tensor, int]:
+        """What the engine makes of columns b, in the scalar type of the storage."""
+        x = torch.empty_like(b)
+        factors = 0 if index is None else index.data_ptr()
+        threads = self._pool.threads or torch.get_num_threads()
+        count, _, width = b.shape
+        return x, self.storage.solve(b.data_ptr(), x.data_ptr(), count, width, factors, adjoint, threads) or 0
+
+    def residual(self, b: Tensor, x: Tensor, select: np.ndarray, adjoint: bool) -> tuple[Tensor, Errors]:
+        """b - S x, and how large it is; as `refinement.residual`."""
+        convention = self._pool.convention
+        return residual(convention, self._copy.address, self._scales(), b, x, select, adjoint)
+
+    def _scales(self) -> np.ndarray:
+        """Those of the equations and unknowns, see `refinement.scales`; found when they are first needed."""
+        if self.scale is None:
+            convention, code = self._pool.convention, DTYPE_CODES[self.dtype]
+            symmetric = convention.mirror != NONE or self.plan.engine == "multifrontal"
+            self.scale = scales(convention, self._copy.address, self.storage.batch, code, symmetric)
+        return self.scale
+
+    def _select(self, index: Tensor | None, count: int) -> np.ndarray:
+        """[count; int64] the matrix of each columns."""
+        if index is not None:
+            return index.view(-1).numpy()
+        return np.arange(count) if self.storage.batch == count else np.zeros(count, np.int64)
+
+    def _judged(self, steps: int, errors: np.ndarray, b: Tensor, select: np.ndarray) -> int:
+        """steps, or ~steps where a matrix that has a factor, and a right-hand side that is finite, have errors that are
+        not small; [count, width]."""
+        bad = ~(errors <= ENOUGH * EPS)
+        if not bad.any():
+            return steps
+        if self.failed is not None:
+            bad &= ~self.failed.view(-1).numpy()[select][:, None]
+        bad &= torch.isfinite(b).all(1).numpy()
+        if self.last and bad.any():
+            worst = float(errors[bad].max())
+            raise SingularMatrixError(
+                "the matrix is singular to working precision: with pivots chosen for it, refinement leaves a scaled "
+                f"residual of {worst:.1e} (check=False lets it pass)"
+            )
+        return ~steps if bad.any() else steps
+
+    def _replaced(self) -> NumericFactor:
+        """The factor that takes the place of this one, with which refinement has stalled."""
+        if self._substitute is None:
+            careful = None if self._pool.careful is None else self._pool.careful()
+            assert careful is not None  # whoever asks for solutions keeps its owner alive
+            self._substitute = careful(self._factorized(), self)
+        return self._substitute
 
     def _factorized(self) -> Tensor:
         """The values factorized here."""
@@ -138,44 +211,58 @@ class Pool:
         assembly: how this system's values get into its storage.
         stats: the system's counters.
         threads: how many threads a factorization may use; None: as many as torch does.
-
-    Attributes:
-        careful: makes another factor of values where refinement with one of these has stalled; None: nothing does.
+        convention: how values make up the matrix, for residuals.
+        careful: a method, (values, factor) -> another factor of values, where refinement with the factor has stalled;
+            None: solutions are left as they are.
     """
 
-    def __init__(self, n: int, plan: SymbolicFactor, assembly: Assembly, stats: Stats, threads: int | None):
+    def __init__(
+        self, n: int, plan: SymbolicFactor, assembly: Assembly, stats: Stats, threads: int | None,
+        convention: Convention, careful: Careful | None,
+    ):  # fmt: skip
         self.n = n
         self.plan = plan
         self.assembly = assembly
         self.stats = stats
         self.threads = threads
-        self.careful: Callable[[Tensor], NumericFactor] | None = None
+        self.convention = convention
+        self.careful = careful
         self._idle: dict[tuple[int, int], list[tuple[Storage, ValuesCopy]]] = {}
         self._latest: weakref.ref[NumericFactor] | None = None
         self._used = False
 
-    def renewed(self, stats: Stats) -> Pool:
+    def renewed(self, stats: Stats, careful: Careful) -> Pool:
         """The same plan for another system."""
-        return Pool(self.n, self.plan, self.assembly, stats, self.threads)
+        also = None if self.careful is None else careful
+        return type(self)(self.n, self.plan, self.assembly, stats, self.threads, self.convention, also)
 
-    def factorize(self, values: Tensor, check: bool) -> NumericFactor:
-        """Factors contiguous `values` [*B, nnz] in storage that nobody else holds."""
-        dtype, batch = DTYPE_CODES[values.dtype], math.prod(values.shape[:-1])
-        idle = self._idle.setdefault((dtype, batch), [])
+    def factorize(self, values: Tensor, check: bool, fresh: bool = False) -> NumericFactor:
+        """Factors contiguous `values` [*B, nnz] in storage that nobody else holds; fresh: with no pivots of others."""
+        return self._factorize(values, check, values.dtype, NumericFactor, lambda copy: copy.address, fresh)
+
+    def _factorize(
+        self, values: Tensor, check: bool, dtype: torch.dtype, factor_type: type[NumericFactor],
+        address_of: Callable[[ValuesCopy], int], fresh: bool = False,
+    ) -> NumericFactor:  # fmt: skip
+        """A factor in `dtype`, of what is found at address_of(copy of the values)."""
+        code, batch = DTYPE_CODES[dtype], math.prod(values.shape[:-1])
+        idle = self._idle.setdefault((code, batch), [])
+        latest = self._latest() if self._latest is not None else None
+        template = None
+        if not fresh and latest is not None and latest.failures is None and latest.code == code:
+            template = latest.storage  # its pivots serve a storage that has none
         try:
+            if fresh:
+                raise IndexError
             storage, copy = idle.pop()
         except IndexError:
             self._make_room()
-            storage, copy = self.plan.storage(dtype, batch), ValuesCopy()
-        latest = self._latest() if self._latest is not None else None
-        template = None
-        if latest is not None and latest.failures is None and latest.dtype == values.dtype:
-            template = latest.storage  # its pivots serve a storage that has none
+            storage, copy = self.plan.storage(code, batch), ValuesCopy()
         threads = self.threads or torch.get_num_threads()
         start = perf_counter()
         # Factored from the copy: whoever changes the values meanwhile cannot make the two differ.
         copy.keep(values.data_ptr(), values.nbytes)
-        storage.factorize(self.assembly, copy.address, values.shape[-1], check, template, threads)
+        storage.factorize(self.assembly, address_of(copy), values.shape[-1], check, template, threads)
         stats = self.stats
         stats.seconds["factorize"] += perf_counter() - start
         stats.factorizations += 1
@@ -184,7 +271,7 @@ class Pool:
         if storage.refactorized and self._used:
             stats.refactorizations += 1
         self._used = True
-        factor = NumericFactor(self, Loan(storage, copy, idle, KEEP_IDLE), values)
+        factor = factor_type(self, Loan(storage, copy, idle, KEEP_IDLE), values, code)
         self._latest = weakref.ref(factor)
         return factor
 

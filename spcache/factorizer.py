@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import islice
 from time import perf_counter
 from typing import Any, NoReturn
+from weakref import WeakMethod
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from .engines import DTYPE_CODES, Permutation, cudss, engine_for, klu, ldl
 from .errors import MODIFIED, EngineUnavailableError, NotPositiveDefiniteError, SingularMatrixError
 from .factor import NumericFactor, Pool, describe
 from .memory import plain
+from .mixed import MixedFactor, MixedPool
 from .pattern import Contributions, Pattern
 from .plans import plan_cache
 from .stats import Stats
@@ -35,6 +37,9 @@ _ASYMMETRY = 1e-4
 
 # After so many factorizations in a row that L D L^H could not be trusted with, it is not tried again.
 _DISTRUST = 3
+
+# Engines that compute in double whatever the values are: rounding for them would gain nothing.
+_DOUBLE_ONLY = (klu,)
 
 # kind -> (name, permutation): orderings that need not be computed again
 Orderings = dict[str, tuple[str, np.ndarray]]
@@ -74,9 +79,7 @@ class Factorizer:
         """Shares the pattern and the plans; counters (unless they are given) and factors start anew."""
         new = Factorizer(self.pattern, self.options, self.orderings, stats)
         for key, pool in list(self._pools.items()):
-            new._pools[key] = pool.renewed(new.stats)
-            if pool.careful is not None:
-                new._pools[key].careful = new._factorize_carefully
+            new._pools[key] = pool.renewed(new.stats, WeakMethod(new._factorize_carefully))
         new._partner = self._partner
         return new
 
@@ -319,12 +322,21 @@ class Factorizer:
         self.stats.seconds["analyze"] += perf_counter() - start
         return partner
 
-    def _factorize_carefully(self, values: Tensor) -> NumericFactor:
-        """The factor of values for which refinement has stalled: LU, or an error."""
-        numeric = self._pool(self._kind, None, careful=True).factorize(values, self.checks)
-        self.stats.repivots += numeric.storage.batch
+    def _factorize_carefully(self, values: Tensor, stalled: NumericFactor) -> NumericFactor:
+        """The factor of values for which refinement has stalled: in working precision, or LU with pivots chosen for
+        them, or an error."""
+        self.stats.repivots += stalled.storage.batch
+        if isinstance(stalled, MixedFactor):
+            numeric = stalled.in_working_precision(values, self.checks)
+            if numeric.failures is None:
+                return numeric
+            if self._kind == "spd":
+                self._raise(numeric)
+        kind = "general" if self._kind == "auto" else self._kind
+        numeric = self._pool(kind, None, careful=True).factorize(values, self.checks, fresh=True)
         if numeric.failures is not None:
             self._raise(numeric)
+        numeric.last = True
         return numeric
 
     def _pool(
@@ -339,6 +351,11 @@ class Factorizer:
             device = device or torch.device("cpu")
             engine = klu if careful else self._engine(device, kind)
             on_device = engine is cudss
+            if on_device and self.options["precision"] == "mixed":
+                raise EngineUnavailableError(
+                    "precision='mixed' is for CPU tensors; pass precision='working', or cuda='host' for factors on "
+                    "the CPU"
+                )
             contributions = self._contributions(kind, on_device or engine is ldl)
             ordering = self.options["ordering"]
             if careful and isinstance(ordering, str) and ordering not in klu.ORDERINGS:
@@ -366,9 +383,11 @@ class Factorizer:
             if on_device:
                 pool = DevicePool(self.pattern.n, plan, assembly, self.stats, self.convention.matvec, self.checks)
             else:
-                pool = Pool(self.pattern.n, plan, assembly, self.stats, self.options["threads"])
-                if engine is ldl and self.checks:
-                    pool.careful = self._factorize_carefully
+                mixed = self.options["precision"] == "mixed" and engine not in _DOUBLE_ONLY
+                pool = (MixedPool if mixed else Pool)(
+                    self.pattern.n, plan, assembly, self.stats, self.options["threads"], self.convention,
+                    WeakMethod(self._factorize_carefully) if self.checks else None,
+                )  # fmt: skip
             pool = self._pools.setdefault(key, pool)
             self.stats.analyses += not found
             self.stats.seconds["analyze"] += perf_counter() - start
