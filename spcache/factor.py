@@ -106,36 +106,39 @@ class NumericFactor:
         if self._substitute is not None:
             return self._substitute.solve(b, vector, adjoint)
         start = perf_counter()
-        columns = b.view(math.prod(lead), self.n, 1 if vector else b.shape[-1])
-        x, steps = self._solutions(columns, index, adjoint)
+        x, shape = torch.empty_like(b), (math.prod(lead), self.n, 1 if vector else b.shape[-1])
+        steps = self._solve(b.view(shape), x.view(shape), index, adjoint)
         stats = self._stats
         stats.seconds["solve"] += perf_counter() - start
         stats.solves += 1
         stats.refinements += steps if steps >= 0 else ~steps
         if steps < 0 and self._pool.careful is not None:
             return self._replaced().solve(b, vector, adjoint)
-        return x.view(b.shape)
+        return x
 
-    def _solutions(self, b: Tensor, index: Tensor | None, adjoint: bool) -> tuple[Tensor, int]:
-        """For columns b [count, n, width], the index[p]-th matrix of the batch for each. Steps: see `Storage.solve`."""
-        x, steps = self._direct(b, index, adjoint)
+    def _solve(self, b: Tensor, x: Tensor, index: Tensor | None, adjoint: bool) -> int:
+        """x for columns b, both [count, n, width], by the index[p]-th matrix of the batch for each. Returns steps as
+        `Storage.solve`."""
+        steps = self._direct(b, x, index, adjoint)
         if not self.doubtful:
-            return x, steps
+            return steps
         select = self._select(index, len(b))
 
         def improve(x: Tensor, r: Tensor) -> Tensor:
-            return torch.from_numpy(x.numpy() + self._direct(r, index, adjoint)[0].numpy())  # on this thread alone
+            d = torch.empty_like(r)
+            self._direct(r, d, index, adjoint)
+            return torch.from_numpy(x.numpy() + d.numpy())  # on this thread alone
 
-        x, steps, errors = refine(x, lambda x: self.residual(b, x, select, adjoint), improve)
-        return x, self._judged(steps, errors.min(0), b, select)
+        best, steps, errors = refine(x, lambda x: self.residual(b, x, select, adjoint), improve)
+        np.copyto(x.numpy(), best.numpy())
+        return self._judged(steps, errors.min(0), b, select)
 
-    def _direct(self, b: Tensor, index: Tensor | None, adjoint: bool) -> tuple[Tensor, int]:
-        """What the engine makes of columns b, in the scalar type of the storage."""
-        x = torch.empty_like(b)
+    def _direct(self, b: Tensor, x: Tensor, index: Tensor | None, adjoint: bool) -> int:
+        """As `_solve`, by the engine alone, in the scalar type of the storage."""
         factors = 0 if index is None else index.data_ptr()
         threads = self._pool.threads or torch.get_num_threads()
         count, _, width = b.shape
-        return x, self.storage.solve(b.data_ptr(), x.data_ptr(), count, width, factors, adjoint, threads) or 0
+        return self.storage.solve(b.data_ptr(), x.data_ptr(), count, width, factors, adjoint, threads) or 0
 
     def residual(self, b: Tensor, x: Tensor, select: np.ndarray, adjoint: bool) -> tuple[Tensor, Errors]:
         """b - S x, and how large it is; as `refinement.residual`."""

@@ -38,9 +38,9 @@ class MixedFactor(NumericFactor):
 
     _pool: MixedPool
 
-    def _solutions(self, b: Tensor, index: Tensor | None, adjoint: bool) -> tuple[Tensor, int]:
+    def _solve(self, b: Tensor, x: Tensor, index: Tensor | None, adjoint: bool) -> int:
         select = self._select(index, len(b))
-        x, steps, errors = refine(
+        best, steps, errors = refine(
             self._improved(None, b, index, select, adjoint),
             lambda x: self.residual(b, x, select, adjoint),
             lambda x, r: self._improved(x, r, index, select, adjoint),
@@ -48,7 +48,8 @@ class MixedFactor(NumericFactor):
         steps = self._judged(steps, errors[0], b, select)
         if steps >= 0:
             self._pool.distrust = 0
-        return x, steps
+        np.copyto(x.numpy(), best.numpy())
+        return steps
 
     def _improved(self, x: Tensor | None, r: Tensor, index: Tensor | None, select: np.ndarray, adjoint: bool) -> Tensor:
         """x + A^-1 r = x + R (L A R)^-1 L r, or x + A^-H r = x + L (L A R)^-H R r; x None: 0."""
@@ -56,14 +57,17 @@ class MixedFactor(NumericFactor):
         L, R = self._scales()[::-1] if adjoint else self._scales()
         rounded, size = torch.empty_like(r, dtype=_NARROW[r.dtype]), np.empty((count, width))
         narrow(r.data_ptr(), count, n, width, code, L, select, rounded.data_ptr(), size)
-        d, _ = self._direct(rounded, index, adjoint)
+        d = torch.empty_like(rounded)
+        self._direct(rounded, d, index, adjoint)
         y, begin = torch.empty_like(r), 0 if x is None else x.data_ptr()
         widen(begin, y.data_ptr(), count, n, width, code, R, select, d.data_ptr(), size)
         return y
 
     def looks_regular(self) -> bool:
         """Whether single precision can tell the solution of a right-hand side of random signs, in scaled numbers."""
-        x, _ = self._direct(self._pool.signs(self.storage.batch, _NARROW[self.dtype]), None, False)
+        b = self._pool.signs(self.storage.batch, _NARROW[self.dtype])
+        x = torch.empty_like(b)
+        self._direct(b, x, None, False)
         return bool(np.abs(x.numpy()).max() <= _LARGEST)
 
     def in_working_precision(self, values: Tensor, check: bool) -> NumericFactor:

@@ -406,7 +406,7 @@ def test_real_sequence(name, most_repivots):
         for B, adjoint in (A, False), (A.T, True):
             b = B @ expected
             doubtful = storage.report(0)["doubtful"]
-            assert residual(B, system.solve(storage, b[None], adjoint=adjoint)[0], b) < (5000 if doubtful else 100)
+            assert doubtful or residual(B, system.solve(storage, b[None], adjoint=adjoint)[0], b) < 100
             assert not doubtful or "ipm" in name or "ACTIVS" in name or "ex36" in name
     assert repivots <= most_repivots
 
