@@ -87,6 +87,7 @@ class DeviceFactor(NumericFactor):
         self._loan, self._pool, self._kept = loan, pool, kept
         self._substitute = None
         self.doubtful = self.last = False
+        self.rcond = None
         self._stats = pool.stats
         self._address, self._device = values.data_ptr(), values.device
         self.plan, self.n, self.storage = pool.plan, pool.n, loan.storage
@@ -252,6 +253,7 @@ class HostFactor(NumericFactor):
         self.batch_shape, self.dtype, self.failures = inner.batch_shape, inner.dtype, inner.failures
         self.finite = inner.finite
         self.failed = None if inner.failed is None else inner.failed.to(device)
+        self.rcond = inner.rcond
 
     @property
     def nbytes(self) -> int:

@@ -22,7 +22,7 @@ from .errors import MODIFIED, SingularMatrixError
 from .handles import factor_handle
 from .library import is_vector, recorded, traced_solve
 from .memory import plain
-from .refinement import ENOUGH, EPS, Errors, refine, residual, scales
+from .refinement import ENOUGH, EPS, Errors, rcond_of_definite, refine, residual, scales
 from .stats import Stats
 from .torch_private import transformed
 
@@ -49,11 +49,12 @@ class NumericFactor:
         doubtful: whether solves are refined by the residual of the values: the engine is not sure of its pivots.
         last: it is the last resort: there is no other factor where refinement stalls.
         scale: [2, batch, n; float64] those of the equations and of the unknowns, where they were needed.
+        rcond: [batch; float64] estimated reciprocal condition numbers, or None; NaN for a matrix that gave no reason.
     """
 
     __slots__ = (
         "__weakref__", "_copy", "_loan", "_pool", "_stats", "_substitute", "batch_shape", "code", "doubtful", "dtype",
-        "failed", "failures", "finite", "last", "n", "plan", "scale", "storage",
+        "failed", "failures", "finite", "last", "n", "plan", "rcond", "scale", "storage",
     )  # fmt: skip
 
     def __init__(self, pool: Pool, loan: Loan, values: Tensor, code: int):
@@ -70,6 +71,7 @@ class NumericFactor:
         self.dtype = values.dtype
         self.finite = self.last = False
         self.scale: np.ndarray | None = None
+        self.rcond: np.ndarray | None = None
         self.doubtful: bool = getattr(self.storage, "doubtful", False)
         self.failures = self.storage.failures()
         self.failed: Tensor | None = None
@@ -194,6 +196,27 @@ class NumericFactor:
             f"the factor is of {self.dtype}, the right-hand side of {b.dtype}: the values were converted after "
             f"they were used (module.to, tensor.data); solve again with the new ones"
         )
+
+    def estimate(self) -> None:
+        """Estimates condition numbers, `rcond`, where small pivots give reason to."""
+        storage: Any = self.storage
+        if isinstance(storage, multifrontal.Storage):
+            if self.code == DTYPE_CODES[self.dtype] and (storage.spread() < self.eps ** (2 / 3)).any():
+                values = self._factorized().view(storage.batch, -1).numpy()
+                self.rcond = rcond_of_definite(self._pool.convention, values, self._inverse)
+        elif self.plan.engine == "klu" and not np.isnan(storage.rcond).all():
+            self.rcond = storage.rcond
+
+    @property
+    def eps(self) -> float:
+        """Of the numbers that the engine computes with."""
+        return EPS if self.plan.engine == "klu" else torch.finfo(self.dtype).eps
+
+    def _inverse(self, b: np.ndarray) -> np.ndarray:
+        """A^-1 b, one vector for each matrix, by the engine alone."""
+        x = np.empty_like(b)
+        self._direct(torch.from_numpy(b).unsqueeze(-1), torch.from_numpy(x).unsqueeze(-1), None, False)
+        return x
 
     def info(self) -> Tensor:
         """[*B; int32] 0, or 1 + the failing column in the caller's numbering, or -1 where values are not finite."""
@@ -338,6 +361,17 @@ class Factor:
             return self._numeric.plan.nnz
         self._require_data()
         return 0
+
+    @property
+    def rcond(self) -> Tensor:
+        """[*B; float64] estimated reciprocal condition numbers in the 1-norm, rows and columns scaled. NaN where none
+        was estimated: it is where pivots are small, with check=True, on the CPU, except of factors L D L^H."""
+        numeric = self._numeric
+        if numeric is None:
+            self._require_data()
+        if numeric is None or numeric.rcond is None:
+            return torch.full(self._values.shape[:-1], math.nan, dtype=torch.float64, device="cpu")
+        return torch.from_numpy(numeric.rcond.copy()).view(numeric.batch_shape)
 
     @property
     def inertia(self) -> Tensor:

@@ -4,6 +4,8 @@ and has all that autograd asks for."""
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Iterator
 from itertools import islice
 from time import perf_counter
@@ -21,7 +23,13 @@ from .convention import CONJUGATED, NONE, TRANSPOSED, Convention
 from .device import DeviceFactor, DevicePool, HostFactor, Pairs, to_host
 from .dynamo import hide
 from .engines import DTYPE_CODES, Permutation, cudss, engine_for, klu, ldl
-from .errors import MODIFIED, EngineUnavailableError, NotPositiveDefiniteError, SingularMatrixError
+from .errors import (
+    MODIFIED,
+    EngineUnavailableError,
+    IllConditionedWarning,
+    NotPositiveDefiniteError,
+    SingularMatrixError,
+)
 from .factor import NumericFactor, Pool, describe
 from .memory import plain
 from .mixed import MixedFactor, MixedPool
@@ -64,6 +72,7 @@ class Factorizer:
         self.options = options
         self.orderings = orderings or {}
         self.stats = Stats(nnz=pattern.nnz) if stats is None else stats
+        self._own = stats is None
         self.keep_factor: bool = options["keep_factor"]
         self._kind: str = options["kind"]
         self.checks: bool = options["check"]
@@ -179,12 +188,32 @@ class Factorizer:
             self._held = held = None  # its storage goes back to the pool before new storage is lent
             held = self._factorize(values)
             held.finite = raising
+            if self.checks and held.failures is None:
+                self._look_at_condition(held)
             if self.keep_factor:
                 self._held = held
         if raising and held.failures is not None:
             self._held = None
             self._raise(held)
         return held
+
+    def _look_at_condition(self, numeric: NumericFactor) -> None:
+        """Warns of a factor that may be of no use although nothing is wrong with it."""
+        numeric.estimate()
+        rcond = numeric.rcond
+        self.stats.rcond = math.nan if rcond is None else float(np.nanmin(rcond))
+        if rcond is None or not self._own or not (rcond < numeric.eps).any():
+            return
+        e = int(np.nanargmin(rcond))
+        where = _where(_batch_index(e, numeric.batch_shape))
+        warnings.warn(
+            IllConditionedWarning(
+                f"the matrix{where} has an estimated reciprocal condition number of {rcond[e]:.1e}, rows and columns "
+                f"scaled, below eps = {numeric.eps:.1e}: solutions have small residuals, but perhaps no correct digit "
+                "(check=False does not look)"
+            ),
+            stacklevel=_outside(),
+        )
 
     def _find_on_device(self, values: Tensor, raising: bool | None) -> NumericFactor:
         """As `find`. With check=False equal values are not recognized, and nobody waits for the device."""
@@ -567,6 +596,14 @@ def _key(kind: str, partner: np.ndarray | None) -> Any:
 
 def _batch_index(e: int, batch_shape: torch.Size) -> tuple[int, ...]:
     return tuple(int(i) for i in np.unravel_index(e, batch_shape)) if batch_shape else ()
+
+
+def _outside() -> int:
+    """The stack level, from who asks, of the first caller outside of the package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__package__", "").split(".")[0] == "spcache":
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _where(batch: tuple[int, ...]) -> str:

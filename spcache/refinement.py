@@ -20,7 +20,7 @@ from torch import Tensor
 from .convention import Convention
 from .engines.protocol import DTYPE_CODES
 
-__all__ = ["EPS", "Errors", "refine", "residual", "scales"]
+__all__ = ["EPS", "Errors", "rcond_of_definite", "refine", "residual", "scales"]
 
 EPS = torch.finfo(torch.float64).eps
 # In units of eps: refinement ends at _GOOD at once, and at ENOUGH where a step gains less than _GAIN. It has failed
@@ -52,6 +52,35 @@ def residual(
         convention.mirror, convention.one_triangle, adjoint,
     )  # fmt: skip
     return r, errors
+
+
+def rcond_of_definite(
+    convention: Convention, values: np.ndarray, inverse: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """[batch] estimated reciprocal condition numbers, in the 1-norm, of C = D S D, S positive definite and D such that
+    the diagonal of C is 1 (W. W. Hager 1984, doi:10.1137/0905023; A. van der Sluis 1969, doi:10.1007/BF02165096).
+
+    Args:
+        values: [batch, nnz]
+        inverse: b [batch, n] -> S^-1 b.
+    """
+    rows, columns, n = convention.pattern.rows, convention.pattern.columns, convention.pattern.n
+    size, on = np.abs(values).astype(np.float64), rows == columns
+    D = np.stack([np.bincount(rows[on], v[on], n) for v in size]) ** -0.5
+    size *= D[:, rows] * D[:, columns]
+    sums = np.stack([np.bincount(columns, v, n) for v in size])
+    if convention.one_triangle:
+        sums += np.stack([np.bincount(rows[~on], v[~on], n) for v in size])
+    each = np.arange(len(values))
+    x, estimate = np.full(D.shape, 1.0 / n, values.dtype), np.zeros(len(values))
+    for _ in range(4):
+        y = inverse((x / D).astype(values.dtype)) / D
+        estimate = np.maximum(estimate, np.abs(y).sum(1))
+        signs = np.divide(y, np.abs(y), out=np.ones_like(y), where=y != 0)
+        z = np.abs(inverse((signs / D).astype(values.dtype)) / D)
+        x = np.zeros_like(x)
+        x[each, z.argmax(1)] = 1
+    return 1 / (sums.max(1) * estimate)
 
 
 def refine(
