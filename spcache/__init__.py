@@ -6,6 +6,7 @@ from ._operators import solve_operator
 from .config import show_config
 from .errors import (
     EngineUnavailableError,
+    IllConditionedWarning,
     NotConvergedError,
     NotPositiveDefiniteError,
     SingularMatrixError,
@@ -21,6 +22,7 @@ from .version import __version__ as __version__
 __all__ = [
     "EngineUnavailableError",
     "Factor",
+    "IllConditionedWarning",
     "NotConvergedError",
     "NotPositiveDefiniteError",
     "SingularMatrixError",

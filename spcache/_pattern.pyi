@@ -5,6 +5,29 @@ import numpy as np
 def compress(rows: np.ndarray, columns: np.ndarray, m: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
 def all_finite(address: int, count: int, dtype: int, threads: int = 1) -> bool: ...
 def workers() -> int: ...
+def narrow(
+    b: int,
+    count: int,
+    n: int,
+    width: int,
+    dtype: int,
+    scale: np.ndarray,
+    select: np.ndarray,
+    out: int,
+    size: np.ndarray,
+) -> None: ...
+def widen(
+    x: int,
+    y: int,
+    count: int,
+    n: int,
+    width: int,
+    dtype: int,
+    scale: np.ndarray,
+    select: np.ndarray,
+    d: int,
+    size: np.ndarray,
+) -> None: ...
 
 class ValuesCopy:
     nbytes: int
@@ -78,3 +101,25 @@ class Entries:
         one_triangle: bool,
         adjoint: bool,
     ) -> None: ...
+    def equilibrate(
+        self, values: int, batch: int, n: int, dtype: int, symmetric: bool, left: np.ndarray, right: np.ndarray
+    ) -> None: ...
+    def narrow(
+        self, values: int, batch: int, n: int, dtype: int, left: np.ndarray, right: np.ndarray, out: int
+    ) -> None: ...
+    def residual(
+        self,
+        values: int,
+        units: np.ndarray,
+        select: np.ndarray,
+        b: int,
+        x: int,
+        r: int,
+        count: int,
+        n: int,
+        width: int,
+        dtype: int,
+        mirror: int,
+        one_triangle: bool,
+        adjoint: bool,
+    ) -> np.ndarray: ...

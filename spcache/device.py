@@ -46,13 +46,13 @@ class DevicePool(Pool):
         self, n: int, plan: SymbolicFactor, assembly: Assembly, stats: Any,
         multiply: Callable[[Tensor, Tensor, bool], Tensor], checks: bool,
     ):  # fmt: skip
-        super().__init__(n, plan, assembly, stats, None)  # type: ignore[arg-type]
+        super().__init__(n, plan, assembly, stats, None, None, None)  # type: ignore[arg-type]
         self.multiply, self.checks = multiply, checks
 
-    def renewed(self, stats: Any) -> DevicePool:
+    def renewed(self, stats: Any, careful: Any) -> DevicePool:
         return DevicePool(self.n, self.plan, self.assembly, stats, self.multiply, self.checks)
 
-    def factorize(self, values: Tensor, check: bool) -> DeviceFactor:
+    def factorize(self, values: Tensor, check: bool, fresh: bool = False) -> DeviceFactor:
         """Asks for the factors of contiguous values [*B, nnz]; nobody waits for the device yet."""
         dtype, batch = DTYPE_CODES[values.dtype], math.prod(values.shape[:-1])
         idle: list[Any] = self._idle.setdefault((dtype, batch), [])
@@ -77,14 +77,17 @@ class DevicePool(Pool):
 class DeviceFactor(NumericFactor):
     """As `NumericFactor`. What became of the factorization is known after `settle`."""
 
-    __slots__ = ("_address", "_device", "_kept", "_pool", "_settled")
+    __slots__ = ("_address", "_device", "_kept", "_settled")
 
+    _pool: DevicePool
     storage: Storage  # type: ignore[assignment]
     plan: SymbolicFactor
 
     def __init__(self, pool: DevicePool, loan: Loan, values: Tensor, kept: Tensor):
         self._loan, self._pool, self._kept = loan, pool, kept
-        self._careful = self._substitute = None
+        self._substitute = None
+        self.doubtful = self.last = False
+        self.rcond = None
         self._stats = pool.stats
         self._address, self._device = values.data_ptr(), values.device
         self.plan, self.n, self.storage = pool.plan, pool.n, loan.storage
@@ -250,6 +253,7 @@ class HostFactor(NumericFactor):
         self.batch_shape, self.dtype, self.failures = inner.batch_shape, inner.dtype, inner.failures
         self.finite = inner.finite
         self.failed = None if inner.failed is None else inner.failed.to(device)
+        self.rcond = inner.rcond
 
     @property
     def nbytes(self) -> int:

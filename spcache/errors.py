@@ -10,6 +10,7 @@ import torch
 
 __all__ = [
     "EngineUnavailableError",
+    "IllConditionedWarning",
     "NotConvergedError",
     "NotPositiveDefiniteError",
     "SingularMatrixError",
@@ -55,6 +56,16 @@ class NotPositiveDefiniteError(_FactorizationError):
 
 class SingularMatrixError(_FactorizationError):
     """The matrix is singular, structurally or to working precision."""
+
+
+class IllConditionedWarning(UserWarning):
+    """A matrix has a factor and solutions with small residuals, but is singular for all that its precision can tell:
+    with rows and columns scaled to largest entries of about 1, its estimated reciprocal condition number (1-norm) is
+    below the eps it is computed in, 2.2e-16 (1.2e-7 where float32 or complex64 is factorized as such).
+
+    Given once per factorization, with check=True, on the CPU. The condition number is estimated where pivots are small;
+    no warning is therefore no proof. `Factor.rcond` and `stats.rcond` have it.
+    """
 
 
 class NotConvergedError(SpcacheError, RuntimeError):

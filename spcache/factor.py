@@ -8,19 +8,21 @@ import math
 import weakref
 from collections.abc import Callable
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ._pattern import Assembly, Loan, ValuesCopy
-from .convention import TRANSPOSED
+from .convention import NONE, TRANSPOSED, Convention
 from .engines import ldl, multifrontal
 from .engines.protocol import DTYPE_CODES, Failure, Storage, SymbolicFactor
-from .errors import MODIFIED
+from .errors import MODIFIED, SingularMatrixError
 from .handles import factor_handle
 from .library import is_vector, recorded, traced_solve
 from .memory import plain
+from .refinement import ENOUGH, EPS, Errors, rcond_of_definite, refine, residual, scales
 from .stats import Stats
 from .torch_private import transformed
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from .factorizer import Factorizer
 
 __all__ = ["Factor", "NumericFactor", "Pool", "describe"]
+
+Careful: TypeAlias = "weakref.WeakMethod[Callable[[Tensor, NumericFactor], NumericFactor]]"
 
 # Idle storages a pool keeps: fresh memory costs page faults at every step.
 KEEP_IDLE = 4
@@ -42,26 +46,33 @@ class NumericFactor:
         failures: per matrix, why it has no factor; None where all have one.
         failed: the same as a bool tensor of `batch_shape`, or None.
         finite: whether the values were seen to be finite before they were factorized.
+        doubtful: whether solves are refined by the residual of the values: the engine is not sure of its pivots.
+        last: it is the last resort: there is no other factor where refinement stalls.
+        scale: [2, batch, n; float64] those of the equations and of the unknowns, where they were needed.
+        rcond: [batch; float64] estimated reciprocal condition numbers, or None; NaN for a matrix that gave no reason.
     """
 
     __slots__ = (
-        "__weakref__", "_careful", "_copy", "_loan", "_stats", "_substitute", "_threads", "batch_shape", "dtype",
-        "failed", "failures", "finite", "n", "plan", "storage",
+        "__weakref__", "_copy", "_loan", "_pool", "_stats", "_substitute", "batch_shape", "code", "doubtful", "dtype",
+        "failed", "failures", "finite", "last", "n", "plan", "rcond", "scale", "storage",
     )  # fmt: skip
 
-    def __init__(self, pool: Pool, loan: Loan, values: Tensor):
+    def __init__(self, pool: Pool, loan: Loan, values: Tensor, code: int):
         self._loan = loan
         self._copy: ValuesCopy = loan.copy
+        self._pool = pool
         self._stats = pool.stats
-        self._threads = pool.threads
-        self._careful = pool.careful
         self._substitute: NumericFactor | None = None
+        self.code = code  # scalar type of the storage
         self.plan = pool.plan
         self.n = pool.n
         self.storage: Storage = loan.storage
         self.batch_shape = values.shape[:-1]
         self.dtype = values.dtype
-        self.finite = False
+        self.finite = self.last = False
+        self.scale: np.ndarray | None = None
+        self.rcond: np.ndarray | None = None
+        self.doubtful: bool = getattr(self.storage, "doubtful", False)
         self.failures = self.storage.failures()
         self.failed: Tensor | None = None
         if self.failures is not None:
@@ -70,7 +81,8 @@ class NumericFactor:
     @property
     def nbytes(self) -> int:
         substitute = self._substitute.nbytes if self._substitute is not None else 0
-        return self.storage.nbytes + self._copy.nbytes + substitute
+        scale = self.scale.nbytes if self.scale is not None else 0
+        return self.storage.nbytes + self._copy.nbytes + scale + substitute
 
     def same_values(self, values: Tensor) -> bool:
         """Whether these are the very values factorized here: shape, type and every bit."""
@@ -78,7 +90,7 @@ class NumericFactor:
             values.shape[:-1] == self.batch_shape
             and values.dtype == self.dtype
             and values.is_cpu
-            and self._copy.equals(values.data_ptr(), values.nbytes, self._threads or torch.get_num_threads())
+            and self._copy.equals(values.data_ptr(), values.nbytes, self._pool.threads or torch.get_num_threads())
         )
 
     def solve(self, b: Tensor, vector: bool, adjoint: bool) -> Tensor:
@@ -87,26 +99,92 @@ class NumericFactor:
         if b.dtype != self.dtype:
             self._refuse_dtype(b)
         own = 1 if vector else 2
-        lead, factors, index = b.shape[:-own], 0, None
+        lead, index = b.shape[:-own], None
         if self.batch_shape and lead != self.batch_shape:
             lead = torch.broadcast_shapes(lead, self.batch_shape)
             b = b.expand(*lead, *b.shape[-own:])
             index = torch.arange(self.storage.batch, device="cpu").view(self.batch_shape).expand(lead).contiguous()
-            factors = index.data_ptr()
         b = plain(b)
-        x = torch.empty_like(b)
+        if self._substitute is not None:
+            return self._substitute.solve(b, vector, adjoint)
         start = perf_counter()
-        width, threads = 1 if vector else b.shape[-1], self._threads or torch.get_num_threads()
-        steps = self.storage.solve(b.data_ptr(), x.data_ptr(), math.prod(lead), width, factors, adjoint, threads) or 0
+        x, shape = torch.empty_like(b), (math.prod(lead), self.n, 1 if vector else b.shape[-1])
+        steps = self._solve(b.view(shape), x.view(shape), index, adjoint)
         stats = self._stats
         stats.seconds["solve"] += perf_counter() - start
         stats.solves += 1
         stats.refinements += steps if steps >= 0 else ~steps
-        if steps < 0 and self._careful is not None:
-            if self._substitute is None:
-                self._substitute = self._careful(self._factorized())
-            return self._substitute.solve(b, vector, adjoint)
+        if steps < 0 and self._pool.careful is not None:
+            return self._replaced().solve(b, vector, adjoint)
         return x
+
+    def _solve(self, b: Tensor, x: Tensor, index: Tensor | None, adjoint: bool) -> int:
+        """x for columns b, both [count, n, width], by the index[p]-th matrix of the batch for each. Returns steps as
+        `Storage.solve`."""
+        steps = self._direct(b, x, index, adjoint)
+        if not self.doubtful:
+            return steps
+        select = self._select(index, len(b))
+
+        def improve(x: Tensor, r: Tensor) -> Tensor:
+            d = torch.empty_like(r)
+            self._direct(r, d, index, adjoint)
+            return torch.from_numpy(x.numpy() + d.numpy())  # on this thread alone
+
+        best, steps, errors = refine(x, lambda x: self.residual(b, x, select, adjoint), improve)
+        np.copyto(x.numpy(), best.numpy())
+        return self._judged(steps, errors.min(0), b, select)
+
+    def _direct(self, b: Tensor, x: Tensor, index: Tensor | None, adjoint: bool) -> int:
+        """As `_solve`, by the engine alone, in the scalar type of the storage."""
+        factors = 0 if index is None else index.data_ptr()
+        threads = self._pool.threads or torch.get_num_threads()
+        count, _, width = b.shape
+        return self.storage.solve(b.data_ptr(), x.data_ptr(), count, width, factors, adjoint, threads) or 0
+
+    def residual(self, b: Tensor, x: Tensor, select: np.ndarray, adjoint: bool) -> tuple[Tensor, Errors]:
+        """b - S x, and how large it is; as `refinement.residual`."""
+        convention = self._pool.convention
+        return residual(convention, self._copy.address, self._scales(), b, x, select, adjoint)
+
+    def _scales(self) -> np.ndarray:
+        """Those of the equations and unknowns, see `refinement.scales`; found when they are first needed."""
+        if self.scale is None:
+            convention, code = self._pool.convention, DTYPE_CODES[self.dtype]
+            symmetric = convention.mirror != NONE or self.plan.engine == "multifrontal"
+            self.scale = scales(convention, self._copy.address, self.storage.batch, code, symmetric)
+        return self.scale
+
+    def _select(self, index: Tensor | None, count: int) -> np.ndarray:
+        """[count; int64] the matrix of each columns."""
+        if index is not None:
+            return index.view(-1).numpy()
+        return np.arange(count) if self.storage.batch == count else np.zeros(count, np.int64)
+
+    def _judged(self, steps: int, errors: np.ndarray, b: Tensor, select: np.ndarray) -> int:
+        """steps, or ~steps where a matrix that has a factor, and a right-hand side that is finite, have errors that are
+        not small; [count, width]."""
+        bad = ~(errors <= ENOUGH * EPS)
+        if not bad.any():
+            return steps
+        if self.failed is not None:
+            bad &= ~self.failed.view(-1).numpy()[select][:, None]
+        bad &= torch.isfinite(b).all(1).numpy()
+        if self.last and bad.any():
+            worst = float(errors[bad].max())
+            raise SingularMatrixError(
+                "the matrix is singular to working precision: with pivots chosen for it, refinement leaves a scaled "
+                f"residual of {worst:.1e} (check=False lets it pass)"
+            )
+        return ~steps if bad.any() else steps
+
+    def _replaced(self) -> NumericFactor:
+        """The factor that takes the place of this one, with which refinement has stalled."""
+        if self._substitute is None:
+            careful = None if self._pool.careful is None else self._pool.careful()
+            assert careful is not None  # whoever asks for solutions keeps its owner alive
+            self._substitute = careful(self._factorized(), self)
+        return self._substitute
 
     def _factorized(self) -> Tensor:
         """The values factorized here."""
@@ -118,6 +196,27 @@ class NumericFactor:
             f"the factor is of {self.dtype}, the right-hand side of {b.dtype}: the values were converted after "
             f"they were used (module.to, tensor.data); solve again with the new ones"
         )
+
+    def estimate(self) -> None:
+        """Estimates condition numbers, `rcond`, where small pivots give reason to."""
+        storage: Any = self.storage
+        if isinstance(storage, multifrontal.Storage):
+            if self.code == DTYPE_CODES[self.dtype] and (storage.spread() < self.eps ** (2 / 3)).any():
+                values = self._factorized().view(storage.batch, -1).numpy()
+                self.rcond = rcond_of_definite(self._pool.convention, values, self._inverse)
+        elif self.plan.engine == "klu" and not np.isnan(storage.rcond).all():
+            self.rcond = storage.rcond
+
+    @property
+    def eps(self) -> float:
+        """Of the numbers that the engine computes with."""
+        return EPS if self.plan.engine == "klu" else torch.finfo(self.dtype).eps
+
+    def _inverse(self, b: np.ndarray) -> np.ndarray:
+        """A^-1 b, one vector for each matrix, by the engine alone."""
+        x = np.empty_like(b)
+        self._direct(torch.from_numpy(b).unsqueeze(-1), torch.from_numpy(x).unsqueeze(-1), None, False)
+        return x
 
     def info(self) -> Tensor:
         """[*B; int32] 0, or 1 + the failing column in the caller's numbering, or -1 where values are not finite."""
@@ -138,44 +237,58 @@ class Pool:
         assembly: how this system's values get into its storage.
         stats: the system's counters.
         threads: how many threads a factorization may use; None: as many as torch does.
-
-    Attributes:
-        careful: makes another factor of values where refinement with one of these has stalled; None: nothing does.
+        convention: how values make up the matrix, for residuals.
+        careful: a method, (values, factor) -> another factor of values, where refinement with the factor has stalled;
+            None: solutions are left as they are.
     """
 
-    def __init__(self, n: int, plan: SymbolicFactor, assembly: Assembly, stats: Stats, threads: int | None):
+    def __init__(
+        self, n: int, plan: SymbolicFactor, assembly: Assembly, stats: Stats, threads: int | None,
+        convention: Convention, careful: Careful | None,
+    ):  # fmt: skip
         self.n = n
         self.plan = plan
         self.assembly = assembly
         self.stats = stats
         self.threads = threads
-        self.careful: Callable[[Tensor], NumericFactor] | None = None
+        self.convention = convention
+        self.careful = careful
         self._idle: dict[tuple[int, int], list[tuple[Storage, ValuesCopy]]] = {}
         self._latest: weakref.ref[NumericFactor] | None = None
         self._used = False
 
-    def renewed(self, stats: Stats) -> Pool:
+    def renewed(self, stats: Stats, careful: Careful) -> Pool:
         """The same plan for another system."""
-        return Pool(self.n, self.plan, self.assembly, stats, self.threads)
+        also = None if self.careful is None else careful
+        return type(self)(self.n, self.plan, self.assembly, stats, self.threads, self.convention, also)
 
-    def factorize(self, values: Tensor, check: bool) -> NumericFactor:
-        """Factors contiguous `values` [*B, nnz] in storage that nobody else holds."""
-        dtype, batch = DTYPE_CODES[values.dtype], math.prod(values.shape[:-1])
-        idle = self._idle.setdefault((dtype, batch), [])
+    def factorize(self, values: Tensor, check: bool, fresh: bool = False) -> NumericFactor:
+        """Factors contiguous `values` [*B, nnz] in storage that nobody else holds; fresh: with no pivots of others."""
+        return self._factorize(values, check, values.dtype, NumericFactor, lambda copy: copy.address, fresh)
+
+    def _factorize(
+        self, values: Tensor, check: bool, dtype: torch.dtype, factor_type: type[NumericFactor],
+        address_of: Callable[[ValuesCopy], int], fresh: bool = False,
+    ) -> NumericFactor:  # fmt: skip
+        """A factor in `dtype`, of what is found at address_of(copy of the values)."""
+        code, batch = DTYPE_CODES[dtype], math.prod(values.shape[:-1])
+        idle = self._idle.setdefault((code, batch), [])
+        latest = self._latest() if self._latest is not None else None
+        template = None
+        if not fresh and latest is not None and latest.failures is None and latest.code == code:
+            template = latest.storage  # its pivots serve a storage that has none
         try:
+            if fresh:
+                raise IndexError
             storage, copy = idle.pop()
         except IndexError:
             self._make_room()
-            storage, copy = self.plan.storage(dtype, batch), ValuesCopy()
-        latest = self._latest() if self._latest is not None else None
-        template = None
-        if latest is not None and latest.failures is None and latest.dtype == values.dtype:
-            template = latest.storage  # its pivots serve a storage that has none
+            storage, copy = self.plan.storage(code, batch), ValuesCopy()
         threads = self.threads or torch.get_num_threads()
         start = perf_counter()
         # Factored from the copy: whoever changes the values meanwhile cannot make the two differ.
         copy.keep(values.data_ptr(), values.nbytes, threads)
-        storage.factorize(self.assembly, copy.address, values.shape[-1], check, template, threads)
+        storage.factorize(self.assembly, address_of(copy), values.shape[-1], check, template, threads)
         stats = self.stats
         stats.seconds["factorize"] += perf_counter() - start
         stats.factorizations += 1
@@ -184,7 +297,7 @@ class Pool:
         if storage.refactorized and self._used:
             stats.refactorizations += 1
         self._used = True
-        factor = NumericFactor(self, Loan(storage, copy, idle, KEEP_IDLE), values)
+        factor = factor_type(self, Loan(storage, copy, idle, KEEP_IDLE), values, code)
         self._latest = weakref.ref(factor)
         return factor
 
@@ -248,6 +361,17 @@ class Factor:
             return self._numeric.plan.nnz
         self._require_data()
         return 0
+
+    @property
+    def rcond(self) -> Tensor:
+        """[*B; float64] estimated reciprocal condition numbers in the 1-norm, rows and columns scaled. NaN where none
+        was estimated: it is where pivots are small, with check=True, on the CPU, except of factors L D L^H."""
+        numeric = self._numeric
+        if numeric is None:
+            self._require_data()
+        if numeric is None or numeric.rcond is None:
+            return torch.full(self._values.shape[:-1], math.nan, dtype=torch.float64, device="cpu")
+        return torch.from_numpy(numeric.rcond.copy()).view(numeric.batch_shape)
 
     @property
     def inertia(self) -> Tensor:

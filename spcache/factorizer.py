@@ -4,10 +4,13 @@ and has all that autograd asks for."""
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Iterator
 from itertools import islice
 from time import perf_counter
 from typing import Any, NoReturn
+from weakref import WeakMethod
 
 import numpy as np
 import torch
@@ -20,9 +23,16 @@ from .convention import CONJUGATED, NONE, TRANSPOSED, Convention
 from .device import DeviceFactor, DevicePool, HostFactor, Pairs, to_host
 from .dynamo import hide
 from .engines import DTYPE_CODES, Permutation, cudss, engine_for, klu, ldl
-from .errors import MODIFIED, EngineUnavailableError, NotPositiveDefiniteError, SingularMatrixError
+from .errors import (
+    MODIFIED,
+    EngineUnavailableError,
+    IllConditionedWarning,
+    NotPositiveDefiniteError,
+    SingularMatrixError,
+)
 from .factor import NumericFactor, Pool, describe
 from .memory import plain
+from .mixed import MixedFactor, MixedPool
 from .pattern import Contributions, Pattern
 from .plans import plan_cache
 from .stats import Stats
@@ -35,6 +45,9 @@ _ASYMMETRY = 1e-4
 
 # After so many factorizations in a row that L D L^H could not be trusted with, it is not tried again.
 _DISTRUST = 3
+
+# Engines that compute in double whatever the values are: rounding for them would gain nothing.
+_DOUBLE_ONLY = (klu,)
 
 # kind -> (name, permutation): orderings that need not be computed again
 Orderings = dict[str, tuple[str, np.ndarray]]
@@ -59,6 +72,7 @@ class Factorizer:
         self.options = options
         self.orderings = orderings or {}
         self.stats = Stats(nnz=pattern.nnz) if stats is None else stats
+        self._own = stats is None
         self.keep_factor: bool = options["keep_factor"]
         self._kind: str = options["kind"]
         self.checks: bool = options["check"]
@@ -74,9 +88,7 @@ class Factorizer:
         """Shares the pattern and the plans; counters (unless they are given) and factors start anew."""
         new = Factorizer(self.pattern, self.options, self.orderings, stats)
         for key, pool in list(self._pools.items()):
-            new._pools[key] = pool.renewed(new.stats)
-            if pool.careful is not None:
-                new._pools[key].careful = new._factorize_carefully
+            new._pools[key] = pool.renewed(new.stats, WeakMethod(new._factorize_carefully))
         new._partner = self._partner
         return new
 
@@ -176,12 +188,32 @@ class Factorizer:
             self._held = held = None  # its storage goes back to the pool before new storage is lent
             held = self._factorize(values)
             held.finite = raising
+            if self.checks and held.failures is None:
+                self._look_at_condition(held)
             if self.keep_factor:
                 self._held = held
         if raising and held.failures is not None:
             self._held = None
             self._raise(held)
         return held
+
+    def _look_at_condition(self, numeric: NumericFactor) -> None:
+        """Warns of a factor that may be of no use although nothing is wrong with it."""
+        numeric.estimate()
+        rcond = numeric.rcond
+        self.stats.rcond = math.nan if rcond is None else float(np.nanmin(rcond))
+        if rcond is None or not self._own or not (rcond < numeric.eps).any():
+            return
+        e = int(np.nanargmin(rcond))
+        where = _where(_batch_index(e, numeric.batch_shape))
+        warnings.warn(
+            IllConditionedWarning(
+                f"the matrix{where} has an estimated reciprocal condition number of {rcond[e]:.1e}, rows and columns "
+                f"scaled, below eps = {numeric.eps:.1e}: solutions have small residuals, but perhaps no correct digit "
+                "(check=False does not look)"
+            ),
+            stacklevel=_outside(),
+        )
 
     def _find_on_device(self, values: Tensor, raising: bool | None) -> NumericFactor:
         """As `find`. With check=False equal values are not recognized, and nobody waits for the device."""
@@ -328,12 +360,21 @@ class Factorizer:
         named = ("given", ordering.pivots) if isinstance(ordering, Permutation) else (ordering,)
         return self.orderings.get(kind, named)
 
-    def _factorize_carefully(self, values: Tensor) -> NumericFactor:
-        """The factor of values for which refinement has stalled: LU, or an error."""
-        numeric = self._pool(self._kind, None, careful=True).factorize(values, self.checks)
-        self.stats.repivots += numeric.storage.batch
+    def _factorize_carefully(self, values: Tensor, stalled: NumericFactor) -> NumericFactor:
+        """The factor of values for which refinement has stalled: in working precision, or LU with pivots chosen for
+        them, or an error."""
+        self.stats.repivots += stalled.storage.batch
+        if isinstance(stalled, MixedFactor):
+            numeric = stalled.in_working_precision(values, self.checks)
+            if numeric.failures is None:
+                return numeric
+            if self._kind == "spd":
+                self._raise(numeric)
+        kind = "general" if self._kind == "auto" else self._kind
+        numeric = self._pool(kind, None, careful=True).factorize(values, self.checks, fresh=True)
         if numeric.failures is not None:
             self._raise(numeric)
+        numeric.last = True
         return numeric
 
     def _pool(
@@ -348,6 +389,11 @@ class Factorizer:
             device = device or torch.device("cpu")
             engine = klu if careful else self._engine(device, kind)
             on_device = engine is cudss
+            if on_device and self.options["precision"] == "mixed":
+                raise EngineUnavailableError(
+                    "precision='mixed' is for CPU tensors; pass precision='working', or cuda='host' for factors on "
+                    "the CPU"
+                )
             contributions = self._contributions(kind, on_device or engine is ldl)
             ordering = self.options["ordering"]
             if careful and isinstance(ordering, str) and ordering not in klu.ORDERINGS:
@@ -375,9 +421,11 @@ class Factorizer:
             if on_device:
                 pool = DevicePool(self.pattern.n, plan, assembly, self.stats, self.convention.matvec, self.checks)
             else:
-                pool = Pool(self.pattern.n, plan, assembly, self.stats, self.options["threads"])
-                if engine is ldl and self.checks:
-                    pool.careful = self._factorize_carefully
+                mixed = self.options["precision"] == "mixed" and engine not in _DOUBLE_ONLY
+                pool = (MixedPool if mixed else Pool)(
+                    self.pattern.n, plan, assembly, self.stats, self.options["threads"], self.convention,
+                    WeakMethod(self._factorize_carefully) if self.checks else None,
+                )  # fmt: skip
             pool = self._pools.setdefault(key, pool)
             self.stats.analyses += not found
             self.stats.seconds["analyze"] += perf_counter() - start
@@ -565,6 +613,14 @@ def _key(kind: str, partner: np.ndarray | None) -> Any:
 
 def _batch_index(e: int, batch_shape: torch.Size) -> tuple[int, ...]:
     return tuple(int(i) for i in np.unravel_index(e, batch_shape)) if batch_shape else ()
+
+
+def _outside() -> int:
+    """The stack level, from who asks, of the first caller outside of the package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__package__", "").split(".")[0] == "spcache":
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _where(batch: tuple[int, ...]) -> str:

@@ -181,7 +181,7 @@ class Fitter:
         if isinstance(like, Factorizer):
             return like.copy(stats)
         options = {
-            **self.factorizer.options, "kind": kind, "triangle": "lower", "keep_factor": False,
+            **self.factorizer.options, "kind": kind, "triangle": "lower", "keep_factor": False, "precision": "working",
             "ordering": ordering if ordering in engine_for("cpu", kind).ORDERINGS else "auto",
         }  # fmt: skip
         return Factorizer(like, options, stats=stats)

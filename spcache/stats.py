@@ -21,8 +21,11 @@ class Stats:
         matrices: matrices factorized, each element of a batch counted.
         reuses: solves and factorizations that found a factor of equal values.
         solves: triangular solves called, one a batch; forward, backward and tangents alike.
-        repivots: matrices factorized anew because the old pivots could not be trusted.
+        repivots: matrices factorized anew because old pivots, rows that were paired or a factor in single precision
+            could not be trusted.
         refinements: steps of iterative refinement.
+        rcond: estimated reciprocal condition number, rows and columns scaled, of the latest factorization, the smallest
+            of a batch; NaN where no small pivots gave reason to estimate it.
         nnz: entries of A as the caller stores them.
         nnz_factor: entries of the factor by the analysis.
         flops: floating-point operations of one factorization, predicted by the analysis.
@@ -44,6 +47,7 @@ class Stats:
     solves: int = 0
     repivots: int = 0
     refinements: int = 0
+    rcond: float = math.nan
     nnz: int = 0
     nnz_factor: int = 0
     flops: float = 0.0

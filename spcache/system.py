@@ -99,7 +99,7 @@ class SparseSystem:
         m, n = _shape(n)
         _choice("kind", kind, KINDS)
         _choice("triangle", triangle, (None, "lower", "upper"))
-        _choice("precision", precision, ("working",))
+        _choice("precision", precision, ("working", "mixed"))
         _choice("cuda", cuda, ("cudss", "host"))
         if threads is not None:
             threads = _integer("threads", threads)

@@ -25,8 +25,12 @@ cdef extern from "kernels/klu.hpp" namespace "spcache" nogil:
     ctypedef int Dtype
     cdef struct CAssembly "spcache::Assembly":
         int64_t nnz, groups
+    cdef struct Look:
+        double growth, rcond
+        bool doubtful
     cdef cppclass Factors:
         vector[int64_t] failed
+        vector[Look] looks
         int64_t failures, kept, repivots
         int factorize(const CAssembly&, const void* values, bool check, const Factors* donor, void* work,
                       int threads) except +

@@ -16,7 +16,7 @@ import numpy
 from klu cimport (
     BTF_MAIN_VERSION, BTF_SUB_VERSION, BTF_SUBSUB_VERSION, COLAMD_MAIN_VERSION, COLAMD_SUB_VERSION, COLAMD_SUBSUB_VERSION,
     KLU_INVALID, KLU_MAIN_VERSION, KLU_OK, KLU_SUB_VERSION, KLU_SUBSUB_VERSION, Analysis, CAssembly, Dtype, Factors,
-    SuiteSparse_version, analyze,
+    Look, SuiteSparse_version, analyze,
 )
 from threads cimport Workers
 
@@ -205,6 +205,30 @@ cdef class Storage:
             self.symbolic.widen()
             self.begin(True)
             self.factorize(assembly, values, nnz, check, template, threads)
+
+    @property
+    def doubtful(self):
+        """Whether solves with some factor of the last factorize are to be refined. Never with float32 and complex64, which
+        are computed in double."""
+        cdef int64_t e
+        cdef bool doubtful = False
+        if self.dtype % 2:
+            for e in range(self.batch):
+                doubtful |= self.factors.get().looks[e].doubtful and self.factors.get().failed[e] < 0
+        return doubtful
+
+    @property
+    def rcond(self):
+        """[batch; float64] estimated reciprocal condition numbers; NaN where no pivot gave reason to estimate."""
+        cdef int64_t e
+        return numpy.array([self.factors.get().looks[e].rcond for e in range(self.batch)])
+
+    def report(self, int64_t e):
+        """What a look at the pivots of one matrix said."""
+        if not 0 <= e < self.batch:
+            raise ValueError(f"the batch has {self.batch} matrices, got {e}")
+        cdef Look look = self.factors.get().looks[e]
+        return {"growth": look.growth, "rcond": look.rcond, "doubtful": look.doubtful}
 
     def failed_columns(self):
         """Per matrix -1, or the column at which it failed; None where all of them have a factor."""

@@ -55,6 +55,14 @@ cdef extern from "kernels/pattern.hpp" namespace "spcache" nogil:
                       int64_t, const void*, const void*, void*, int)
     void apply_entries[T](int64_t, const int32_t*, const int32_t*, Mirror, bool, bool, int64_t, const T*, const T*, T*)
 
+cdef extern from "kernels/refinement.hpp" namespace "spcache" nogil:
+    void equilibrate[T](int64_t, const int32_t*, const int32_t*, int64_t, int64_t, bool, const T*, double*, double*)
+    void narrow_matrix[T, N](int64_t, const int32_t*, const int32_t*, const T*, const double*, const double*, N*)
+    void narrow_rhs[T, N](int64_t, int64_t, const T*, const double*, N*, double*)
+    void add_widened[T, N](int64_t, int64_t, const N*, const double*, const double*, const T*, T*)
+    void c_residual "spcache::residual"[T](int64_t, const int32_t*, const int32_t*, Mirror, bool, bool, int64_t, int64_t,
+                                           const T*, const double*, const T*, const T*, T*, double*, double*) except +
+
 
 cdef int32_t* data32(int32_t[::1] a) noexcept:
     return &a[0] if a.shape[0] else NULL
@@ -93,6 +101,53 @@ def all_finite(uintptr_t address, int64_t count, int dtype, int threads=1):
 def workers():
     """Address of the threads that wait for work; other native modules use them too."""
     return <uintptr_t> &Workers.all()
+
+
+cdef int check_columns(int64_t count, int64_t n, int64_t width, int dtype, int64_t[::1] select, int64_t batch) except -1:
+    """Raises unless [count, n, width] in double precision belong to matrices of a batch."""
+    cdef int64_t p
+    if count < 1 or n < 1 or width < 1 or dtype not in (1, 3) or select.shape[0] != count:
+        raise ValueError("count, n or width is not positive, dtype not double, or select does not name a matrix for each")
+    for p in range(count):
+        if not 0 <= select[p] < batch:
+            raise ValueError("select names a matrix beyond the batch")
+    return 0
+
+
+def narrow(uintptr_t b, int64_t count, int64_t n, int64_t width, int dtype, double[:, ::1] scale, int64_t[::1] select,
+           uintptr_t out, double[:, ::1] size):
+    """out[p] = scale[select[p]] b[p], rounded to single precision; [count, n, width] in float64 or complex128. Each column is
+    divided by a power of two, which goes to size [count, width]."""
+    cdef int64_t p, step = n * width
+    check_columns(count, n, width, dtype, select, scale.shape[0])
+    if scale.shape[1] != n or size.shape[0] != count or size.shape[1] != width:
+        raise ValueError("scale or size do not fit the right-hand sides")
+    with nogil:
+        for p in range(count):
+            if dtype == 1:
+                narrow_rhs[double, float](n, width, <double*> b + p * step, &scale[select[p], 0], <float*> out + p * step,
+                                          &size[p, 0])
+            else:
+                narrow_rhs[c128, c64](n, width, <c128*> b + p * step, &scale[select[p], 0], <c64*> out + p * step,
+                                      &size[p, 0])
+
+
+def widen(uintptr_t x, uintptr_t y, int64_t count, int64_t n, int64_t width, int dtype, double[:, ::1] scale,
+          int64_t[::1] select, uintptr_t d, double[:, ::1] size):
+    """y[p] = x[p] + scale[select[p]] d[p], times the powers of two of `narrow`; d is in single precision, x (0: nothing)
+    and y are in double."""
+    cdef int64_t p, step = n * width
+    check_columns(count, n, width, dtype, select, scale.shape[0])
+    if scale.shape[1] != n or size.shape[0] != count or size.shape[1] != width:
+        raise ValueError("scale or size do not fit the right-hand sides")
+    with nogil:
+        for p in range(count):
+            if dtype == 1:
+                add_widened[double, float](n, width, <float*> d + p * step, &scale[select[p], 0], &size[p, 0],
+                                           <double*> x + p * step if x else NULL, <double*> y + p * step)
+            else:
+                add_widened[c128, c64](n, width, <c64*> d + p * step, &scale[select[p], 0], &size[p, 0],
+                                       <c128*> x + p * step if x else NULL, <c128*> y + p * step)
 
 
 cdef class ValuesCopy:
@@ -347,3 +402,68 @@ cdef class Entries:
                     apply_entries[c128](nnz, row, column, <Mirror> mirror, one_triangle, adjoint, width,
                                         <c128*> values + e * stride, <c128*> x + e * n * width,
                                         <c128*> y + e * m * width)
+
+    def equilibrate(self, uintptr_t values, int64_t batch, int64_t n, int dtype, bool symmetric, double[:, ::1] left,
+                    double[:, ::1] right):
+        """Powers of two by which the largest entries of the rows and columns of square matrices come near 1, left and right
+        [batch, n]; values [batch, nnz] in float64 or complex128. symmetric: left = right."""
+        cdef int64_t nnz = self.rows.shape[0], e
+        cdef const int32_t* row = data32(self.rows)
+        cdef const int32_t* column = data32(self.columns)
+        self.check_scales(batch, n, dtype, left, right)
+        with nogil:
+            for e in range(batch):
+                if dtype == 1:
+                    equilibrate[double](nnz, row, column, n, n, symmetric, <double*> values + e * nnz, &left[e, 0],
+                                        &right[e, 0])
+                else:
+                    equilibrate[c128](nnz, row, column, n, n, symmetric, <c128*> values + e * nnz, &left[e, 0],
+                                      &right[e, 0])
+
+    def narrow(self, uintptr_t values, int64_t batch, int64_t n, int dtype, double[:, ::1] left, double[:, ::1] right,
+               uintptr_t out):
+        """out = L A R, rounded to single precision; values [batch, nnz] in float64 or complex128."""
+        cdef int64_t nnz = self.rows.shape[0], e
+        cdef const int32_t* row = data32(self.rows)
+        cdef const int32_t* column = data32(self.columns)
+        self.check_scales(batch, n, dtype, left, right)
+        with nogil:
+            for e in range(batch):
+                if dtype == 1:
+                    narrow_matrix[double, float](nnz, row, column, <double*> values + e * nnz, &left[e, 0], &right[e, 0],
+                                                 <float*> out + e * nnz)
+                else:
+                    narrow_matrix[c128, c64](nnz, row, column, <c128*> values + e * nnz, &left[e, 0], &right[e, 0],
+                                             <c64*> out + e * nnz)
+
+    cdef int check_scales(self, int64_t batch, int64_t n, int dtype, double[:, ::1] left, double[:, ::1] right) except -1:
+        if dtype not in (1, 3) or n < 1 or (left.shape[0], left.shape[1]) != (batch, n) or \
+                (right.shape[0], right.shape[1]) != (batch, n):
+            raise ValueError("dtype is not double, or left and right are not [batch, n]")
+        return 0
+
+    def residual(self, uintptr_t values, double[:, ::1] units, int64_t[::1] select, uintptr_t b, uintptr_t x, uintptr_t r, int64_t count,
+                 int64_t n, int64_t width, int dtype, int mirror, bool one_triangle, bool adjoint):
+        """r[p] = b[p] - S(values[select[p]]) x[p], adjoint: S^H; [count, n, width] in float64 or complex128. units
+        [batch, n]: of the unknowns.
+
+        Returns [2, count, width] componentwise backward errors and scaled residuals (kernels/refinement.hpp)."""
+        cdef int64_t nnz = self.rows.shape[0], p, step = n * width
+        check_columns(count, n, width, dtype, select, units.shape[0])
+        if units.shape[1] != n:
+            raise ValueError("units do not fit the unknowns")
+        cdef const int32_t* row = data32(self.rows)
+        cdef const int32_t* column = data32(self.columns)
+        errors = numpy.empty((2, count, width))
+        cdef double[:, :, ::1] w = errors
+        with nogil:
+            for p in range(count):
+                if dtype == 1:
+                    c_residual[double](nnz, row, column, <Mirror> mirror, one_triangle, adjoint, n, width,
+                                       <double*> values + select[p] * nnz, &units[select[p], 0], <double*> b + p * step,
+                                       <double*> x + p * step, <double*> r + p * step, &w[0, p, 0], &w[1, p, 0])
+                else:
+                    c_residual[c128](nnz, row, column, <Mirror> mirror, one_triangle, adjoint, n, width,
+                                     <c128*> values + select[p] * nnz, &units[select[p], 0], <c128*> b + p * step,
+                                     <c128*> x + p * step, <c128*> r + p * step, &w[0, p, 0], &w[1, p, 0])
+        return errors

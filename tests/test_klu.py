@@ -374,7 +374,7 @@ def test_real_singular_matrix():
 @pytest.mark.parametrize(
     "name, most_repivots",
     [
-        ("ipm_kkt_CVXQP1_M", 10),
+        ("ipm_kkt_CVXQP1_M", 1),
         ("powerflow_case1354pegase", 0),
         ("skfem_ex36_hyperelastic_saddle", 0),
         ("skfem_ex10_minimal_surface", 0),
@@ -382,7 +382,8 @@ def test_real_singular_matrix():
     ],
 )
 def test_real_sequence(name, most_repivots):
-    """One analysis; every matrix starts from the pivots of the one before."""
+    """One analysis; every matrix starts from the pivots of the one before. Where these are doubtful the engine says so:
+    residuals are then larger, and refined by who asks (factor.py)."""
     if name == "ACTIVSg200_AC":
         matrices = [csc(load_matrix(f"{name}_0{k}")) for k in (1, 2)]
     else:
@@ -404,7 +405,9 @@ def test_real_sequence(name, most_repivots):
         repivots += storage.repivots
         for B, adjoint in (A, False), (A.T, True):
             b = B @ expected
-            assert residual(B, system.solve(storage, b[None], adjoint=adjoint)[0], b) < 500
+            doubtful = storage.report(0)["doubtful"]
+            assert doubtful or residual(B, system.solve(storage, b[None], adjoint=adjoint)[0], b) < 100
+            assert not doubtful or "ipm" in name or "ACTIVS" in name or "ex36" in name
     assert repivots <= most_repivots
 
 

@@ -57,8 +57,13 @@ inline Real<T> largest(const T* x, int64_t count) {
   return most;
 }
 
-template <class T>
-inline __attribute__((always_inline)) V<T> larger(V<T> top, V<T> v) {
+// The real numbers of a vector, and the larger ones of two such by magnitude.
+template <class X> inline X lanes(X v) { return v; }
+#if defined(__AVX2__)
+template <class R> inline Register<R> lanes(ComplexVector<R> v) { return v.v; }
+#endif
+template <class X>
+inline __attribute__((always_inline)) X larger(X top, X v) {
   v = v < -v ? -v : v;
   return v > top ? v : top;
 }
@@ -75,7 +80,7 @@ struct Unpivoted {
 // Rows below these pivots: X = C L^-H (C L^-T unless H) = L D goes to W (conjugated unless H).
 template <class T, bool H, int NR>
 void rows_below(const T* C, int64_t ld, int64_t begin, int64_t end, Unpivoted<T>& pivots, T* w) {
-  constexpr bool conjugated = W<T> == 1 && !H;
+  constexpr bool conjugated = COMPLEX<T> && !H;
   T b[NR][NR];
   UNROLL for (int c = 0; c < NR; c++)
     UNROLL for (int p = 0; p < c; p++) b[c][p] = mirrored<T, H>(pivots.l[c][p]);
@@ -83,7 +88,7 @@ void rows_below(const T* C, int64_t ld, int64_t begin, int64_t end, Unpivoted<T>
     V<T> x[NR];
     UNROLL for (int c = 0; c < NR; c++) {
       x[c] = load(C + i + c * ld);
-      UNROLL for (int p = 0; p < c; p++) x[c] -= x[p] * broadcast(b[c][p]);
+      UNROLL for (int p = 0; p < c; p++) subtract_product(x[c], x[p], broadcast(b[c][p]));
       if constexpr (conjugated) store(w + i + c * ld, conj(x[c]));
       else store(w + i + c * ld, x[c]);
       keep(c, x[c]);
@@ -96,9 +101,8 @@ void rows_below(const T* C, int64_t ld, int64_t begin, int64_t end, Unpivoted<T>
         if (a > pivots.most[c]) pivots.most[c] = a;
       });
   } else {
-    V<T> top[NR];
-    UNROLL for (int c = 0; c < NR; c++) top[c] = broadcast(T(0));
-    auto keep = [&](int c, V<T> x) __attribute__((always_inline)) { top[c] = larger<T>(top[c], x); };
+    Register<Real<T>> top[NR] = {};
+    auto keep = [&](int c, V<T> x) __attribute__((always_inline)) { top[c] = larger(top[c], lanes(x)); };
     int64_t i = begin;
     for (; i + W<T> <= end; i += W<T>)
       strip(i, [](const T* p) { return load(p); }, [](T* p, V<T> x) { store(p, x); }, keep);
@@ -107,7 +111,7 @@ void rows_below(const T* C, int64_t ld, int64_t begin, int64_t end, Unpivoted<T>
       strip(i, [=](const T* p) { return load_part(p, r); }, [=](T* p, V<T> x) { store_part(p, x, r); }, keep);
     }
     for (int c = 0; c < NR; c++)
-      for (int l = 0; l < W<T>; l++)
+      for (int l = 0; l < W<Real<T>>; l++)
         if (top[c][l] > pivots.most[c]) pivots.most[c] = top[c][l];
   }
 }
@@ -115,14 +119,14 @@ void rows_below(const T* C, int64_t ld, int64_t begin, int64_t end, Unpivoted<T>
 // y[0:count] = a * x, x conjugated if asked for
 template <class T, bool CONJUGATED>
 void scaled(T a, const T* x, int64_t count, T* y) {
-  const V<T> v = broadcast(a);
+  const Constant<T> v = broadcast(a);
+  auto times = [=](auto b) {
+    if constexpr (CONJUGATED) return conj(b) * v;
+    else return b * v;
+  };
   int64_t i = 0;
-  if constexpr (W<T> == 1) {
-    for (; i < count; i++) y[i] = a * (CONJUGATED ? conj(x[i]) : x[i]);
-  } else {
-    for (; i + W<T> <= count; i += W<T>) store(y + i, load(x + i) * v);
-    if (i < count) store_part(y + i, load_part(x + i, int(count - i)) * v, int(count - i));
-  }
+  for (; i + W<T> <= count; i += W<T>) store(y + i, times(load(x + i)));
+  if (i < count) store_part(y + i, times(load_part(x + i, int(count - i))), int(count - i));
 }
 
 // y[0:count] -= A[count, depth] * conj(b), b with stride ldb.
@@ -302,7 +306,7 @@ class Pivoting {
       report.finite &= size_of(pivots.inverse[c]) <= MOST && size <= MOST;
       L[c] = pivots.inverse[c];
       for (int i = c + 1; i < nb; i++) L[i] = pivots.l[i][c], w[i + c * m] = H ? pivots.w[i][c] : conj(pivots.w[i][c]);
-      scaled<T, W<T> == 1 && !H>(pivots.inverse[c], w + nb + c * m, rows - nb, L + nb);
+      scaled<T, COMPLEX<T> && !H>(pivots.inverse[c], w + nb + c * m, rows - nb, L + nb);
     }
     j += found;
     return found;

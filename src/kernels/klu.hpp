@@ -1,7 +1,8 @@
 // The KLU engine: one analysis per plan, one klu_numeric per matrix.
 //
 // KLU (SuiteSparse, LGPL, linked as a shared library) factors R^-1 P A Q = L U + F: R scales the rows to a largest
-// entry of 1, Q and the blocks come from the analysis, P from partial pivoting, F is what lies above the blocks.
+// entry of 1, Q and the blocks come from the analysis, P from partial pivoting, F is what lies above the blocks. Where
+// says singular, and entries are far apart in size, rows and columns of A are scaled by powers of two before.
 // `klu_factor` chooses pivots; `klu_refactor` uses them again for new values; KLU itself cannot copy a factor.
 // All numbers are double or complex double here: float32 and complex64 are converted at the door.
 #pragma once
@@ -17,6 +18,7 @@
 
 #include "assembly.hpp"
 #include "pattern.hpp"
+#include "refinement.hpp"
 #include "threads.hpp"
 
 namespace spcache {
@@ -26,15 +28,20 @@ namespace spcache {
 // same on memplus and fidap007, 20 % more on the power flow, 50-85 % more on most indefinite matrices.
 constexpr double PIVOT_TOLERANCE = 0.3;
 
-// Old pivots are trusted while the reciprocal pivot growth is either good in itself or not far below that of the last
-// fresh factor (fresh ones reach 0.02 at worst on the real matrices): scaled residuals then stay within about 300 eps.
-// A smallest pivot that has fallen much further than the largest is a second, cruder reason for fresh ones.
-constexpr double GROWTH_GOOD = 1e-2, GROWTH_LOSS = 0.1, RCOND_LOSS = 1e-3;
+// What a look at the pivots says (`check`). Reciprocal pivot growth of GROWTH_GOOD (fresh pivots) or GROWTH_KEPT (old
+// ones): solves are left as they are, with scaled residuals up to 100 eps. Less than that, or a smallest pivot that has
+// fallen much further than the largest: a doubtful factor, whose solves ask for refinement. Old pivots may be doubtful
+// only if a probe shows that refinement works, else others are chosen; below GROWTH_HOPELESS without a probe.
+constexpr double GROWTH_GOOD = 1e-2, GROWTH_KEPT = 0.1, GROWTH_HOPELESS = 1e-8, RCOND_LOSS = 1e-3;
 
-// Singular to working precision: a pivot so far below its own column of A that only rounding is left of it, confirmed
-// by condest > 1/eps. Ratios found: at least 1e-8 in real matrices with condition numbers up to 1e16 (which condest
-// alone would refuse), at most 1e-11 in singular ones.
-constexpr double WEAK_PIVOT = 1e-10;
+// Refinement as the probe has it: to so many eps of |A| |x| + |b|, in so many steps, each of which has to halve it.
+constexpr double REFINED = 32;
+constexpr int PROBE_STEPS = 5;
+
+// A pivot so far below its own column of A asks for the condition number (LOW_PIVOT). Singular to working precision: one
+// of which only rounding is left (WEAK_PIVOT), and a condition number beyond 1/eps. Ratios found: at least 1e-8 in real
+// matrices with condition numbers up to 1e16, at most 1e-11 in singular ones.
+constexpr double LOW_PIVOT = 1e-7, WEAK_PIVOT = 1e-10;
 
 // The functions of KLU by index type (32-bit, or wide) ...
 template <bool wide> struct KluIndex;
@@ -63,7 +70,6 @@ template <bool wide, class T> struct Klu;
     static constexpr auto* refactor = PREFIX##refactor; \
     static constexpr auto* solve = PREFIX##solve; \
     static constexpr auto* tsolve = PREFIX##tsolve; \
-    static constexpr auto* condest = PREFIX##condest; \
     static constexpr auto* free_numeric = PREFIX##free_numeric; \
   };
 SPCACHE_KLU(false, double, klu_)
@@ -72,10 +78,18 @@ SPCACHE_KLU(true, double, klu_l_)
 SPCACHE_KLU(true, Complex<double>, klu_zl_)
 #undef SPCACHE_KLU
 
+// What a look at the pivots of one matrix said; see GROWTH_GOOD.
+struct Look {
+  double growth = NAN;    // reciprocal pivot growth; NaN: nobody looked
+  double rcond = NAN;     // estimated reciprocal condition number, rows and columns scaled; NaN: there was no reason to
+  bool doubtful = false;  // solves are to be refined
+};
+
 // The factors of one batch of values. Types are erased: what remains is batch, sizes and addresses.
 class Factors {
  public:
   std::vector<int64_t> failed;  // [batch] column at which the matrix failed, -1: it has a factor
+  std::vector<Look> looks;      // [batch]
   int64_t failures = 0;         // how many have none
   int64_t kept = 0;             // how many kept pivots chosen for earlier values, in the last factorize
   int64_t repivots = 0;         // how many were factorized anew because those failed
@@ -221,7 +235,8 @@ class FactorsOf final : public Factors {
 
   struct Factor {
     Numeric* numeric = nullptr;     // owned; null: no pivots yet
-    double growth = 0, rcond = 0;   // of the last factorization with fresh pivots
+    double rcond = 0;               // of the pivots, in the last factorization with fresh ones
+    std::vector<double> scale;      // [2 n] powers of two for rows and columns of A; empty: ones
   };
   struct Pivots {
     double smallest, rcond;  // min |u_kk|, min |u_kk| / max |u_kk| (0 where one is not finite)
@@ -237,6 +252,7 @@ class FactorsOf final : public Factors {
  public:
   FactorsOf(const AnalysisOf<wide>& analysis, int64_t batch) : plan(analysis), matrices(batch) {
     failed.assign(batch, 0);
+    looks.resize(batch);
     failures = batch;
   }
   ~FactorsOf() override {
@@ -261,7 +277,8 @@ class FactorsOf final : public Factors {
     return most;
   }
   int64_t nbytes() const override {
-    size_t total = sizeof *this + matrices.size() * (sizeof(Factor) + sizeof(int64_t));
+    size_t total = sizeof *this + matrices.size() * (sizeof(Factor) + sizeof(Look) + sizeof(int64_t));
+    for (const Factor& f : matrices) total += f.scale.size() * sizeof(double);
     for (const Factor& f : matrices)
       if (f.numeric) each_array(*f.numeric, [&](const auto&, size_t count, size_t size) { total += count * size; });
     return int64_t(total);
@@ -273,6 +290,7 @@ class FactorsOf final : public Factors {
     kept = repivots = 0;
     failures = int64_t(matrices.size());
     failed.assign(matrices.size(), std::max<int64_t>(plan.unmatched, 0));
+    looks.assign(matrices.size(), Look());
     if (plan.unmatched >= 0) return KLU_OK;
     std::atomic<int> status{KLU_OK};
     std::atomic<int64_t> factorized{0}, trusted{0}, renewed{0};
@@ -284,7 +302,7 @@ class FactorsOf final : public Factors {
       failed[e] = not_finite(A);
       if (failed[e] >= 0) return;  // older pivots stay
       const Factor* other = lender ? &lender->matrices[e % lender->matrices.size()] : nullptr;
-      const Outcome outcome = factorize(matrices[e], other, A, check, &failed[e]);
+      const Outcome outcome = factorize(matrices[e], other, A, check, &failed[e], looks[e]);
       if (outcome.status < KLU_OK) status = outcome.status;
       trusted += outcome.kept;
       renewed += outcome.repivoted;
@@ -310,7 +328,7 @@ class FactorsOf final : public Factors {
         if (failed[f] >= 0)
           memset(static_cast<void*>(to), 0xff, sizeof(S) * size_t((next - p) * plan.n * width));  // NaN in every type
         else
-          solve(*matrices[f].numeric, from, to, next - p, width, adjoint,
+          solve(matrices[f], from, to, next - p, width, adjoint,
                 reinterpret_cast<T*>(static_cast<char*>(work) + thread * work_bytes()));
       }
     });
@@ -338,43 +356,90 @@ class FactorsOf final : public Factors {
   }
 
   // Factors one matrix; *column becomes -1, or the column at which it failed.
-  Outcome factorize(Factor& f, const Factor* donor, const T* A, bool check, int64_t* column) {
+  Outcome factorize(Factor& f, const Factor* donor, T* A, bool check, int64_t* column, Look& look) {
     Common common = plan.common;
     *column = 0;  // until it has a factor
     if (!f.numeric && donor && donor->numeric) {
-      f = {copy(*donor->numeric, common), donor->growth, donor->rcond};
+      f = {copy(*donor->numeric, common), donor->rcond, donor->scale};
       if (!f.numeric) return {KLU_OUT_OF_MEMORY, false, false};
     }
     const bool old = f.numeric;
     if (old) {
+      if (!f.scale.empty()) scale_matrix(A, f.scale);
       bool complete = K::refactor(Ap(), Ai(), numbers(A), plan.symbolic, f.numeric, &common);
       if (common.status < KLU_OK) return {int(common.status), false, false};
-      if (complete && old_pivots_hold(f, A, check, common)) {
+      if (complete && old_pivots_hold(f, A, check, look)) {
         *column = -1;
         return {KLU_OK, true, false};
       }
       release(f);
     }
+    for (bool again = false;; again = true) {
+      const Outcome outcome = factorize_freshly(f, A, check, column, look);
+      if (!check || again || outcome.status < KLU_OK || *column < 0 || !equilibrated(f, A))
+        return {outcome.status, false, old};
+      release(f);
+    }
+  }
+
+  Outcome factorize_freshly(Factor& f, const T* A, bool check, int64_t* column, Look& look) {
+    Common common = plan.common;
+    look = Look();
+    *column = 0;
     f.numeric = K::factor(Ap(), Ai(), numbers(A), plan.symbolic, &common);
     if (!f.numeric) {
       if (common.status == KLU_SINGULAR) *column = common.singular_col;  // numbered as the caller does
-      return {int(common.status), false, old};
+      return {int(common.status), false, false};
     }
     Pivots pivots = look_at(*f.numeric);
     f.rcond = pivots.rcond;
-    f.growth = growth(*f.numeric, A);
-    *column = check ? singular_column(*f.numeric, pivots, A, common) : -1;
+    *column = -1;
+    if (check) {
+      look.growth = growth(*f.numeric, A);
+      look.doubtful = !(look.growth >= GROWTH_GOOD);
+      *column = singular_column(*f.numeric, pivots, A, look);
+    }
     if (*column >= 0) release(f);
-    return {KLU_OK, false, old};
+    return {KLU_OK, false, false};
+  }
+
+  // [2 n] powers of two by which rows and columns of A are of about the same size; all ones where they are already.
+  std::vector<double> equilibrating(const T* A) const {
+    const int64_t n = plan.n;
+    std::vector<int32_t> row(plan.indices.begin(), plan.indices.end()), column(row.size());
+    for (int64_t j = 0; j < n; j++) std::fill(column.begin() + plan.indptr[j], column.begin() + plan.indptr[j + 1], int32_t(j));
+    std::vector<double> scale(2 * n);
+    equilibrate(int64_t(row.size()), row.data(), column.data(), n, n, false, A, scale.data(), scale.data() + n);
+    return scale;
+  }
+
+  // Scales A, and notes how; false where it needs no scaling.
+  bool equilibrated(Factor& f, T* A) const {
+    const int64_t n = plan.n;
+    std::vector<double> scale = equilibrating(A);
+    if (std::all_of(scale.begin(), scale.end(), [](double s) { return s == 1; })) return false;
+    scale_matrix(A, scale);
+    if (f.scale.empty())
+      f.scale = std::move(scale);
+    else
+      for (int64_t i = 0; i < 2 * n; i++) f.scale[i] *= scale[i];
+    return true;
+  }
+  void scale_matrix(T* A, const std::vector<double>& scale) const {
+    for (int64_t j = 0; j < plan.n; j++)
+      for (Int p = plan.indptr[j]; p < plan.indptr[j + 1]; p++)
+        A[p] = scale[plan.n + j] * (scale[plan.indices[p]] * A[p]);
   }
 
   // After klu_refactor, which does not look at blocks of one row. check = false: only a zero pivot counts.
-  bool old_pivots_hold(const Factor& f, const T* A, bool check, Common& common) const {
+  bool old_pivots_hold(const Factor& f, const T* A, bool check, Look& look) const {
     Pivots pivots = look_at(*f.numeric);
     if (!check) return pivots.smallest != 0;
-    return f.rcond > 0 && pivots.rcond >= RCOND_LOSS * f.rcond &&
-           growth(*f.numeric, A) >= std::min(GROWTH_GOOD, GROWTH_LOSS * f.growth) &&
-           singular_column(*f.numeric, pivots, A, common) < 0;
+    if (!(f.rcond > 0 && pivots.rcond > 0)) return false;
+    look.growth = growth(*f.numeric, A);
+    look.doubtful = !(look.growth >= GROWTH_KEPT && pivots.rcond >= RCOND_LOSS * f.rcond);
+    if (look.doubtful && !(look.growth >= GROWTH_HOPELESS && probe(*f.numeric, A))) return false;
+    return singular_column(*f.numeric, pivots, A, look) < 0;
   }
 
   Pivots look_at(const Numeric& N) const {
@@ -418,42 +483,158 @@ class FactorsOf final : public Factors {
   }
 
   // The column with the weakest pivot where A is singular to working precision, else -1. Pivots: see WEAK_PIVOT.
-  int64_t singular_column(Numeric& N, const Pivots& pivots, const T* A, Common& common) const {
-    if (pivots.rcond > 0 && pivots.smallest >= WEAK_PIVOT) return -1;  // no entry of R^-1 A exceeds 1
-    const auto& s = *plan.symbolic;
+  int64_t singular_column(const Numeric& N, const Pivots& pivots, const T* A, Look& look) const {
+    if (pivots.rcond > 0 && pivots.smallest >= LOW_PIVOT) return -1;  // no entry of R^-1 A exceeds 1
+    const std::vector<double> top = column_sizes(N, A);
     double weakest = INFINITY;
     int64_t column = -1;
-    for (Int block = 0; block < s.nblocks; block++) {
-      for (Int k = s.R[block]; k < s.R[block + 1]; k++) {
-        double top = 0;  // largest entry of the column in its block of R^-1 P A Q
-        for (Int p = plan.indptr[s.Q[k]]; p < plan.indptr[s.Q[k] + 1]; p++) {
-          Int row = N.Pinv[plan.indices[p]];
-          if (row >= s.R[block]) top = std::max(top, abs(A[p]) / N.Rs[row]);
-        }
-        double ratio = abs(diagonal(N)[k]) / top;
-        if (!(ratio <= DBL_MAX)) ratio = 0;
-        if (ratio < weakest) weakest = ratio, column = s.Q[k];
-      }
+    for (int64_t k = 0; k < plan.n; k++) {
+      double ratio = abs(diagonal(N)[k]) / top[plan.symbolic->Q[k]];
+      if (!(ratio <= DBL_MAX)) ratio = 0;
+      if (ratio < weakest) weakest = ratio, column = plan.symbolic->Q[k];
     }
     if (pivots.rcond == 0) return column;  // overflow
-    if (weakest >= WEAK_PIVOT) return -1;
-    K::condest(Ap(), numbers(A), plan.symbolic, &N, &common);
-    return common.condest <= 1 / DBL_EPSILON ? -1 : column;
+    if (weakest >= LOW_PIVOT) return -1;
+    look.rcond = reciprocal_condition(N, A);
+    return weakest >= WEAK_PIVOT || look.rcond >= DBL_EPSILON ? -1 : column;
   }
 
-  // Solves for `count` blocks of right-hand sides [n, width] with one factor.
-  void solve(const Numeric& N, const S* b, S* x, int64_t count, int64_t width, bool adjoint, T* work) const {
-    const int64_t n = plan.n, columns = count * width;
+  // [n] the largest entry of each column of R^-1 A inside of its diagonal block.
+  std::vector<double> column_sizes(const Numeric& N, const T* A) const {
+    const auto& s = *plan.symbolic;
+    std::vector<double> top(plan.n, 0);
+    for (Int block = 0; block < s.nblocks; block++)
+      for (Int k = s.R[block]; k < s.R[block + 1]; k++)
+        for (Int p = plan.indptr[s.Q[k]]; p < plan.indptr[s.Q[k] + 1]; p++) {
+          const Int row = N.Pinv[plan.indices[p]];
+          if (row >= s.R[block]) top[s.Q[k]] = std::max(top[s.Q[k]], abs(A[p]) / N.Rs[row]);
+        }
+    return top;
+  }
+
+  // x = A^-1 x, or A^-H x, for columns one after the other; work: 4 n.
+  void solve_in_place(const Numeric& N, T* x, int64_t columns, bool adjoint, T* work) const {
     Common common = plan.common;
     Numeric own = N;  // shares every array but the one that klu_solve writes
     own.Xwork = work;
+    if (!adjoint)
+      K::solve(plan.symbolic, &own, Int(plan.n), Int(columns), numbers(x), &common);
+    else if constexpr (std::is_same_v<T, double>)
+      K::tsolve(plan.symbolic, &own, Int(plan.n), Int(columns), x, &common);
+    else
+      K::tsolve(plan.symbolic, &own, Int(plan.n), Int(columns), numbers(x), 1, &common);
+  }
+
+  // Estimates the reciprocal condition number of C = E^-1 A D^-1, all of whose rows and columns have largest entries near
+  // 1, in the 1-norm: how near A is to a singular matrix whatever the units of equations and unknowns (W. W. Hager 1984,
+  // doi:10.1137/0905023, with the alternating vector of N. J. Higham 1988, doi:10.1145/50063.214386).
+  // The better of two scalings counts: by largest entries alone, and after equilibration.
+  double reciprocal_condition(const Numeric& N, const T* A) const {
+    const double plain = reciprocal_condition(N, A, std::vector<double>(2 * plan.n, 1.0));
+    if (plain > DBL_EPSILON / WEAK_PIVOT) return plain;
+    const std::vector<double> scale = equilibrating(A);
+    if (std::all_of(scale.begin(), scale.end(), [](double s) { return s == 1; })) return plain;
+    return std::max(plain, reciprocal_condition(N, A, scale));
+  }
+
+  double reciprocal_condition(const Numeric& N, const T* A, const std::vector<double>& scale) const {
+    const int64_t n = plan.n;
+    std::vector<double> E(n, 0.0), D(n, 0.0), sums(n, 0.0);
+    auto each = [&](auto visit) {
+      for (int64_t j = 0; j < n; j++)
+        for (Int p = plan.indptr[j]; p < plan.indptr[j + 1]; p++) {
+          const Int i = plan.indices[p];
+          visit(i, j, abs(scale[n + j] * (scale[i] * A[p])));
+        }
+    };
+    each([&](Int i, int64_t, double a) { E[i] = std::max(E[i], a); });
+    each([&](Int i, int64_t j, double a) { D[j] = std::max(D[j], a / E[i]); });
+    each([&](Int i, int64_t j, double a) { sums[j] += a / E[i] / D[j]; });
+    const double norm = *std::max_element(sums.begin(), sums.end());
+    for (int64_t i = 0; i < n; i++) E[i] /= scale[i], D[i] /= scale[n + i];
+    std::vector<T> x(n), work(4 * n);
+    auto inverse = [&](bool adjoint) {  // x = C^-1 x = D A^-1 E x, or C^-H x; returns its 1-norm
+      auto multiply = [&](const std::vector<double>& by) {
+        for (int64_t i = 0; i < n; i++) x[i] = by[i] * x[i];
+      };
+      multiply(adjoint ? D : E);
+      solve_in_place(N, x.data(), 1, adjoint, work.data());
+      multiply(adjoint ? E : D);
+      double total = 0;
+      for (const T& v : x) total += abs(v);
+      return total;
+    };
+    for (T& v : x) v = T(1.0 / double(n));
+    double estimate = 0;
+    int64_t last = -1;
+    for (int round = 0; round < 5; round++) {
+      const double now = inverse(false);
+      if (!(now <= DBL_MAX)) return 0;
+      if (round && now <= estimate) break;
+      estimate = now;
+      for (T& v : x) v = abs(v) > 0 ? (1 / abs(v)) * v : T(1.0);
+      inverse(true);
+      int64_t at = 0;
+      for (int64_t i = 1; i < n; i++)
+        if (abs(x[i]) > abs(x[at])) at = i;
+      if (at == last) break;
+      last = at;
+      std::fill(x.begin(), x.end(), T(0.0));
+      x[at] = T(1.0);
+    }
+    for (int64_t i = 0; i < n; i++) x[i] = T((i % 2 ? -1.0 : 1.0) * (1 + double(i) / double(std::max<int64_t>(n - 1, 1))));
+    const double other = 2 * inverse(false) / (3 * double(n));
+    return other <= DBL_MAX ? 1 / (norm * std::max(estimate, other)) : 0;
+  }
+
+  // Whether refinement leads to a small residual of a right-hand side of random signs. Errors as `residual`
+  // (refinement.hpp) finds them.
+  bool probe(const Numeric& N, const T* A) const {
+    const int64_t n = plan.n;
+    std::vector<T> b(n), x(n, T(0.0)), r, work(4 * n);
+    std::vector<double> size(n);
+    uint32_t state = 12345;
+    for (T& v : b) {
+      state = state * 1664525u + 1013904223u;
+      v = T(state >> 31 ? 1.0 : -1.0);
+    }
+    for (int64_t i = 0; i < n; i++) b[i] = N.Rs[N.Pinv[i]] * b[i];  // each equation in its own units
+    r = b;
+    double error = INFINITY;
+    for (int step = 0; step < PROBE_STEPS; step++) {
+      solve_in_place(N, r.data(), 1, false, work.data());
+      for (int64_t i = 0; i < n; i++) x[i] += r[i];
+      for (int64_t i = 0; i < n; i++) r[i] = b[i], size[i] = abs(b[i]);
+      for (int64_t j = 0; j < n; j++)
+        for (Int p = plan.indptr[j]; p < plan.indptr[j + 1]; p++) {
+          r[plan.indices[p]] -= A[p] * x[j];
+          size[plan.indices[p]] += abs(A[p]) * abs(x[j]);
+        }
+      double worst = 0;
+      for (int64_t i = 0; i < n; i++) {
+        const double ratio = abs(r[i]) / size[i];
+        if (!(ratio <= worst)) worst = size[i] <= DBL_MAX && ratio <= DBL_MAX ? ratio : INFINITY;
+      }
+      if (worst <= REFINED * DBL_EPSILON) return true;
+      if (!(worst <= error / 2)) return false;
+      error = worst;
+    }
+    return false;
+  }
+
+  // Solves for `count` blocks of right-hand sides [n, width] with one factor.
+  void solve(const Factor& f, const S* b, S* x, int64_t count, int64_t width, bool adjoint, T* work) const {
+    const int64_t n = plan.n, columns = count * width;
+    auto scaled = [&](T* X, int64_t nrhs, bool rows) {
+      if (f.scale.empty()) return;
+      const double* s = f.scale.data() + (rows ? 0 : n);
+      for (int64_t r = 0; r < nrhs; r++)
+        for (int64_t i = 0; i < n; i++) X[r * n + i] = s[i] * X[r * n + i];
+    };
     auto run = [&](T* X, int64_t nrhs) {
-      if (!adjoint)
-        K::solve(plan.symbolic, &own, Int(n), Int(nrhs), numbers(X), &common);
-      else if constexpr (std::is_same_v<T, double>)
-        K::tsolve(plan.symbolic, &own, Int(n), Int(nrhs), X, &common);
-      else
-        K::tsolve(plan.symbolic, &own, Int(n), Int(nrhs), numbers(X), 1, &common);
+      scaled(X, nrhs, !adjoint);
+      solve_in_place(*f.numeric, X, nrhs, adjoint, work);
+      scaled(X, nrhs, adjoint);
     };
     if constexpr (std::is_same_v<S, T>) {
       if (width == 1) {  // columns lie one after the other already
