@@ -65,9 +65,8 @@ struct Window {
 
 // Scratch memory of a solve, in units of `lanes` elements, aligned to 64 bytes.
 struct SolveScratch {
-  void* x;       // [n] the right-hand sides, then the solutions, by pivots
-  void* passed;  // [Tree::row[supernodes]] what fronts pass to their parents
-  void* front;   // [2 * largest front] of one thread
+  void* local;   // [n + Tree::row[supernodes]] the rows of all fronts
+  void* pivots;  // [largest front] of one thread
 };
 
 // Right-hand sides of S A S: b and x are [n, width], row-major, of which `count` from `offset` on are meant.

@@ -5,6 +5,7 @@
 
 #include "front.hpp"
 #include "indefinite.hpp"
+#include "solve.hpp"
 
 namespace spcache {
 namespace {
@@ -608,153 +609,56 @@ inline X times(T a, X x) {
   else return broadcast(a) * x;
 }
 
-// w = L^-1 w, L [m, k] with a diagonal of 1.
-template <class T, class X>
-void forward_unit(const T* P, int64_t m, int64_t k, X* w) {
-  int64_t j = 0;
-  if constexpr (sizeof(X) == sizeof(T) && W<T> > 1) {  // vectors run along the rows, four columns at a time
-    for (; j + 4 <= k; j += 4) {
-      const T *a = P + j * m, *b = a + m, *c = b + m, *d = c + m;
-      const T y0 = w[j], y1 = w[j + 1] - a[j + 1] * y0, y2 = w[j + 2] - a[j + 2] * y0 - b[j + 2] * y1;
-      const T y3 = w[j + 3] - a[j + 3] * y0 - b[j + 3] * y1 - c[j + 3] * y2;
-      w[j + 1] = y1, w[j + 2] = y2, w[j + 3] = y3;
-      const Constant<T> v0 = broadcast(y0), v1 = broadcast(y1), v2 = broadcast(y2), v3 = broadcast(y3);
-      int64_t i = j + 4;
-      for (; i + W<T> <= m; i += W<T>)
-        store(w + i, load(w + i) - (load(a + i) * v0 + load(b + i) * v1) - (load(c + i) * v2 + load(d + i) * v3));
-      if (i < m) {
-        const int r = int(m - i);
-        store_part(w + i, load_part(w + i, r) - (load_part(a + i, r) * v0 + load_part(b + i, r) * v1) -
-                              (load_part(c + i, r) * v2 + load_part(d + i, r) * v3), r);
-      }
-    }
-  }
-  for (; j < k; j++) {
-    const T* a = P + j * m;
-    const X y = w[j];
-    for (int64_t i = j + 1; i < m; i++) w[i] -= times(a[i], y);
-  }
-}
-
-// w[0:k] = L^-H w (L^-T unless H).
-template <class T, bool H, class X>
-void backward_unit(const T* P, int64_t m, int64_t k, X* w) {
-  int64_t j = k;
-  if constexpr (sizeof(X) == sizeof(T) && W<T> > 1) {
-    for (; j >= 4; j -= 4) {
-      const int64_t q = j - 4;
-      const T *a = P + q * m, *b = a + m, *c = b + m, *d = c + m;
-      V<T> s0 = broadcast(T(0)), s1 = s0, s2 = s0, s3 = s0;
-      int64_t i = j;
-      auto add = [&](const T* column, V<T> x, V<T>& s, auto load) { s += mirrored<V<T>, H>(load(column)) * x; };
-      auto add_all = [&](auto load) {
-        const V<T> x = load(w + i);
-        add(a + i, x, s0, load), add(b + i, x, s1, load), add(c + i, x, s2, load), add(d + i, x, s3, load);
-      };
-      for (; i + W<T> <= m; i += W<T>) add_all([](const T* p) { return load(p); });
-      if (i < m) add_all([r = int(m - i)](const T* p) { return load_part(p, r); });
-      auto l = [](const T* column, int64_t row) { return mirrored<T, H>(column[row]); };
-      const T y3 = w[q + 3] - sum<T>(s3), y2 = w[q + 2] - sum<T>(s2) - l(c, q + 3) * y3;
-      const T y1 = w[q + 1] - sum<T>(s1) - l(b, q + 3) * y3 - l(b, q + 2) * y2;
-      w[q] = w[q] - sum<T>(s0) - l(a, q + 3) * y3 - l(a, q + 2) * y2 - l(a, q + 1) * y1;
-      w[q + 1] = y1, w[q + 2] = y2, w[q + 3] = y3;
-    }
-  }
-  for (; j > 0; j--) {
-    const T* a = P + (j - 1) * m;
-    X y = w[j - 1];
-    for (int64_t i = j; i < m; i++) y -= times(mirrored<T, H>(a[i]), w[i]);
-    w[j - 1] = y;
-  }
-}
-
-// w = D^-1 w
-template <class T, bool H, class X>
+// w = D^-1 w, rows of N numbers or vectors.
+template <class T, bool H, int N, class X>
 void divide(const T* P, int64_t m, int64_t k, const int32_t* order, X* w) {
-  for (int64_t j = 0; j < k; j++) {
-    const T* a = P + j * m;
+  for (int64_t j = 0; j < k; j++, P += m + 1, w += N) {
     if (order[j] >= 0) {
-      w[j] = times(a[j], w[j]);
+      for (int v = 0; v < N; v++) w[v] = times(P[0], w[v]);
       continue;
     }
-    const T* b = a + m;
-    const X x = w[j], y = w[j + 1];
-    w[j] = times(a[j], x) + times(mirrored<T, H>(b[j]), y);
-    w[j + 1] = times(b[j], x) + times(b[j + 1], y);
-    j++;
+    const T a = P[0], b = P[m], c = mirrored<T, H>(b), e = P[m + 1];
+    for (int v = 0; v < N; v++) {
+      const X x = w[v], y = w[N + v];
+      w[v] = times(a, x) + times(c, y);
+      w[N + v] = times(b, x) + times(e, y);
+    }
+    j++, P += m + 1, w += N;
   }
 }
 
-template <class T, class X>
-inline X get_lanes(const T* row, int64_t offset, int64_t count) {
-  if constexpr (sizeof(X) == sizeof(T)) return row[offset];
-  else return count == W<T> ? load(row + offset) : load_part(row + offset, int(count));
-}
-template <class T, class X>
-inline void put_lanes(T* row, int64_t offset, int64_t count, X value) {
-  if constexpr (sizeof(X) == sizeof(T)) row[offset] = value;
-  else if (count == W<T>) store(row + offset, value);
-  else store_part(row + offset, value, int(count));
-}
-
-// x holds D^-1 L^-1 b after the upward phase, the solution after the downward one, both by pivot number; inside a front
-// rows are in the order in which they were eliminated.
+// Inside of a front pivots are in the order in which they were eliminated, elsewhere in the plan's.
 template <class T, bool H>
 void solve_indefinite(const Tree& t, const Indefinite& f, const Rhs& rhs, bool downwards, int32_t begin, int32_t end,
                       const SolveScratch& scratch) {
   const T* L = static_cast<const T*>(f.panels);
-  auto phase = [&](auto* x) {
-    using X = std::remove_pointer_t<decltype(x)>;
-    X *passed = static_cast<X*>(scratch.passed), *w = static_cast<X*>(scratch.front);
-    auto front = [&](int32_t s, auto&& work) {
-      const int64_t first = t.first[s], k = t.first[s + 1] - first, u = t.row[s + 1] - t.row[s];
-      work(first, k, u, L + t.panel[s], f.order + first, [=](int64_t j) {
-        const int32_t o = f.order[first + j];
-        return o < 0 ? ~o : o;
-      });
+  auto run = [&](auto how) {
+    using How = decltype(how);
+    using Row = typename How::Row;
+    constexpr int N = How::size;
+    Row* other = static_cast<Row*>(scratch.pivots);
+    auto pivots = [&](int32_t s, Row* w, auto move) {
+      const int32_t *order = f.order + t.first[s], k = t.first[s + 1] - t.first[s];
+      memcpy(static_cast<void*>(other), w, size_t(k) * N * sizeof(Row));
+      for (int32_t i = 0; i < k; i++)
+        for (int v = 0; v < N; v++) move(w, i * N + v, (order[i] < 0 ? ~order[i] : order[i]) * N + v);
     };
-    if (!downwards)
-      for (int32_t s = begin; s < end; s++)
-        front(s, [&](int64_t first, int64_t k, int64_t u, const T* P, const int32_t* order, auto place) {
-          X* own = w + k + u;  // the pivots' part before it is put in order
-          const T* b = static_cast<const T*>(rhs.b);
-          for (int64_t i = 0; i < k; i++)
-            own[i] = get_lanes<T, X>(b + int64_t(t.perm[first + i]) * rhs.width, rhs.offset, rhs.count);
-          memset(static_cast<void*>(w + k), 0, size_t(u) * sizeof(X));
-          for (int32_t e = t.child[s]; e < t.child[s + 1]; e++) {
-            const int32_t c = t.children[e];
-            for (int64_t i = t.row[c]; i < t.row[c + 1]; i++) {
-              const int32_t to = t.relative[i];
-              (to < k ? own : w)[to] += passed[i];
-            }
-          }
-          for (int64_t i = 0; i < k; i++) w[i] = own[place(i)];
-          forward_unit(P, k + u, k, w);
-          divide<T, H>(P, k + u, k, order, w);
-          for (int64_t i = 0; i < k; i++) x[first + place(i)] = w[i];
-          memcpy(static_cast<void*>(passed + t.row[s]), w + k, size_t(u) * sizeof(X));
-        });
-    else
-      for (int32_t s = end - 1; s >= begin; s--)
-        front(s, [&](int64_t first, int64_t k, int64_t u, const T* P, const int32_t*, auto place) {
-          const int32_t* rows = t.rows + t.row[s];
-          for (int64_t i = 0; i < k; i++) w[i] = x[first + place(i)];
-          for (int64_t i = 0; i < u; i++) w[k + i] = x[rows[i]];
-          backward_unit<T, H>(P, k + u, k, w);
-          for (int64_t i = 0; i < k; i++) {
-            const int64_t number = first + place(i);
-            x[number] = w[i];
-            put_lanes<T, X>(static_cast<T*>(rhs.x) + int64_t(t.perm[number]) * rhs.width, rhs.offset, rhs.count, w[i]);
-          }
-        });
+    auto ordered = [&](int32_t s, Row* w) { pivots(s, w, [other](Row* w, int32_t i, int32_t place) { w[i] = other[place]; }); };
+    auto after = [&](int32_t s, Row* w) {
+      if (downwards) return pivots(s, w, [other](Row* w, int32_t i, int32_t place) { w[place] = other[i]; });
+      const int64_t k = t.first[s + 1] - t.first[s], m = k + t.row[s + 1] - t.row[s];
+      divide<T, H, N>(L + t.panel[s], m, k, f.order + t.first[s], w);
+    };
+    solve_fronts<How>(t, L, rhs, downwards, begin, end, static_cast<Row*>(scratch.local), ordered, after);
   };
-  if (rhs.count == 1) phase(static_cast<T*>(scratch.x));
-  else phase(static_cast<V<T>*>(scratch.x));
+  if (rhs.count > W<T>) run(Many<T, MANY, true, H>());
+  else if (rhs.count > 1 || W<T> == 1) run(Many<T, 1, true, H>());
+  else if constexpr (W<T> > 1) run(One<T, true, H>());
 }
 
 template <class T, bool H>
 constexpr IndefiniteKernels indefinite_of = {factorize_indefinite<T, H>, assemble_indefinite<T, H>, part_indefinite<T, H>,
-                                             W<T> == 1 ? 0 : SHARE, solve_indefinite<T, H>, W<T>,
+                                             W<T> == 1 ? 0 : SHARE, solve_indefinite<T, H>, MANY * W<T>,
                                              Pivoting<T, H>::work_size};
 
 const IndefiniteKernels* choose(Dtype dtype, bool hermitian) {

@@ -106,13 +106,12 @@ void* LdlWorkspace::allocate(int64_t bytes) {
 LdlWorkspace::LdlWorkspace(const LdlPlan& p, const Schedule& schedule, const IndefiniteKernels& kernels, int64_t itemsize,
                            int threads) {
   const int64_t lanes = kernels.lanes * itemsize;
-  void *shared = allocate(schedule.shared_size * itemsize), *x = allocate(p.plan.n * lanes),
-       *passed = allocate(p.plan.row.back() * lanes);
+  void *shared = allocate(schedule.shared_size * itemsize), *local = allocate((p.plan.n + p.plan.row.back()) * lanes);
   queue = static_cast<int32_t*>(allocate(schedule.queue_size() * int64_t(sizeof(int32_t))));
   for (int t = 0; t < threads; t++) {
     void *own = allocate(schedule.own_size * itemsize), *pack = allocate(kernels.work_size(p.plan.largest_front) * itemsize);
     scratch.push_back({own, shared, pack, schedule.update.data(), queue});
-    solves.push_back({x, passed, allocate(2 * p.plan.largest_front * lanes)});
+    solves.push_back({local, allocate(p.plan.largest_front * lanes)});
   }
 }
 
