@@ -60,7 +60,7 @@ CYTHON = {
     "wraparound": False,
 }
 INCLUDE = ["src", "src/kernels"]
-HEADER_FILES = sorted(str(file) for file in Path("src").rglob("*") if file.suffix in (".hpp", ".pxd"))
+HEADER_FILES = sorted(str(file) for file in Path("src").rglob("*") if file.suffix in (".hpp", ".pxd", ".pxi"))
 DEPENDS = [*HEADER_FILES, "setup.py"]  # a change in one of them builds everything anew
 
 

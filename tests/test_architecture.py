@@ -128,7 +128,7 @@ def test_the_protocol_knows_nothing_but_errors():
 
 
 def test_native_sources_know_nothing_of_the_package():
-    files = [f for f in SOURCES.rglob("*") if f.suffix in (".pyx", ".pxd", ".hpp", ".cpp")]
+    files = [f for f in SOURCES.rglob("*") if f.suffix in (".pyx", ".pxi", ".pxd", ".hpp", ".cpp")]
     assert len(files) > 10
     for file in files:
         text = file.read_text()
