@@ -55,8 +55,8 @@ cdef int ITEMSIZE[4]
 ITEMSIZE[:] = [4, 8, 8, 16]
 
 
-cdef int check_lower(int64_t[::1] indptr, int32_t[::1] indices, int64_t n) except -1:
-    """Raises unless these are the columns of a lower triangle of order n."""
+cdef int check_columns(int64_t[::1] indptr, int32_t[::1] indices, int64_t n, bool lower=False) except -1:
+    """Raises unless these are the columns of a matrix of order n, of a lower triangle."""
     cdef int64_t j, e
     cdef bool sound = n > 0 and indptr.shape[0] == n + 1 and indptr[0] == 0 and indptr[n] == indices.shape[0]
     if sound:
@@ -65,10 +65,15 @@ cdef int check_lower(int64_t[::1] indptr, int32_t[::1] indices, int64_t n) excep
     if sound:
         for j in range(n):
             for e in range(indptr[j], indptr[j + 1]):
-                sound = sound and j <= indices[e] < n
+                sound = sound and (j if lower else 0) <= indices[e] < n
     if not sound:
-        raise ValueError("indptr and indices are not the columns of a lower triangle")
+        raise ValueError("indptr and indices are not the columns of a " + ("lower triangle" if lower else "square matrix"))
     return 0
+
+
+cdef int check_lower(int64_t[::1] indptr, int32_t[::1] indices, int64_t n) except -1:
+    """Raises unless these are the columns of a lower triangle of order n."""
+    return check_columns(indptr, indices, n, True)
 
 
 cdef int check_permutation(int32_t[::1] perm, int64_t n) except -1:

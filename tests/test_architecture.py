@@ -32,7 +32,7 @@ LEVELS = [
     ["convention"],
     ["pattern", "config"],
     ["engines"],
-    ["engines.ldl"],
+    ["engines.ldl", "engines.lu"],
     ["engines.multifrontal", "engines.klu", "engines.cudss"],
     [
         "memory",
@@ -41,6 +41,7 @@ LEVELS = [
         "_normal",
         "engines._multifrontal",
         "engines._ldl",
+        "engines._lu",
         "engines._klu",
         "engines._cudss",
     ],
@@ -57,13 +58,15 @@ NATIVE = {  # module -> who may import it
         "least_squares",
         "engines.klu",
         "engines.ldl",
+        "engines.lu",
         "engines.multifrontal",
     ],
     "_normal": ["least_squares"],
     "engines._ldl": ["engines.ldl"],
+    "engines._lu": ["engines.lu"],
     "engines._klu": ["engines.klu"],
     "engines._cudss": ["engines.cudss"],
-    "engines._multifrontal": ["engines.multifrontal", "engines.ldl"],
+    "engines._multifrontal": ["engines.multifrontal"],
 }
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .._pattern import Assembly, compress
-from . import _ldl, _multifrontal, multifrontal
+from . import _ldl, multifrontal
 from .protocol import Failure, Structure
 
 __all__ = ["ORDERINGS", "Storage", "SymbolicFactor", "analyze", "assembly", "magnitudes", "pairing", "variant"]
@@ -112,15 +112,6 @@ def pairing(structure: Structure, sizes: np.ndarray, always: bool = False) -> np
     return None if partner is None or (partner == np.arange(structure.n)).all() else partner
 
 
-def _level() -> int:
-    """The number of the instruction set of the kernels."""
-    sets, best, simd = _multifrontal.INSTRUCTION_SETS, _multifrontal.best_simd(), variant()
-    available = sets[: sets.index(best) + 1]
-    if simd not in available:
-        raise ValueError(f"SPCACHE_SIMD must be one of {', '.join(available)} on this processor, got {simd!r}")
-    return available.index(simd)
-
-
 class SymbolicFactor:
     """Assembly tree, memory plan and entry positions; see `protocol.SymbolicFactor`."""
 
@@ -138,7 +129,7 @@ class SymbolicFactor:
             slots = np.arange(len(structure.indices), dtype=np.int32)
             expanded = structure.indptr, structure.indices, slots
         self._native = _ldl.Symbolic(
-            structure.indptr, structure.indices, expanded[0], expanded[1], expanded[2], permutation, _level()
+            structure.indptr, structure.indices, expanded[0], expanded[1], expanded[2], permutation, multifrontal.level()
         )
         self._paired = expanded[0] is not structure.indptr
         self.nnz: int = self._native.nnz

@@ -14,13 +14,6 @@
 
 namespace spcache {
 
-// The entries of the lower triangle, by the supernode that they are added to.
-struct Scatter {
-  const int64_t* begin;    // [supernodes + 1]
-  const int32_t* slot;     // [nnz] entry of A, or ~entry where the ordering exchanges row and column
-  const uint32_t* target;  // [nnz] place in the panel
-};
-
 // The factor of one matrix A, scaled: S A S = P L D L^H P^T.
 struct Indefinite {
   const void* A;   // [nnz] the scaled lower triangle

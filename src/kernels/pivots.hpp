@@ -19,6 +19,7 @@ struct Report {
   int32_t weak = -1;        // its pivot number (before the front chose its order)
   int32_t empty = -1;       // the first pivot whose whole column had become zero
   bool finite = true;
+  bool exchanged = false;   // whether a row or column of a general matrix was
 
   void merge(const Report& r) {
     positive += r.positive, negative += r.negative, replaced += r.replaced;
@@ -27,11 +28,20 @@ struct Report {
     weaker(r.weakest, r.weak);
     if (r.empty >= 0 && (empty < 0 || r.empty < empty)) empty = r.empty;
     finite &= r.finite;
+    exchanged |= r.exchanged;
   }
   void weaker(double size, int32_t number) {
     if (size > weakest || (size == weakest && weak >= 0 && number >= weak)) return;
     weakest = size, weak = number;
   }
+};
+
+// The entries of a matrix, by the supernode that they are added to.
+struct Scatter {
+  const int64_t* begin;    // [supernodes + 1]
+  const int32_t* slot;     // [nnz] entry of A, or ~entry: of a lower triangle where the ordering exchanges row and column,
+                           // of a full matrix where the entry is above the diagonal
+  const uint32_t* target;  // [nnz] place in the panel
 };
 
 }  // namespace spcache

@@ -178,7 +178,7 @@ inline void forward_pivots(const T* L, int64_t ld, int64_t depth, const V<T>* y,
       const V<T> l = broadcast(L[c + p * ld]);
       UNROLL for (int v = 0; v < N; v++) x[c][v] -= l * x[p][v];
     }
-    const V<T> d = broadcast(T(real(L[c + c * ld])));
+    const V<T> d = broadcast(L[c + c * ld]);
     UNROLL for (int v = 0; v < N; v++) w[c * N + v] = x[c][v] = d * x[c][v];
   }
 }
@@ -199,7 +199,7 @@ inline void backward_pivots(const T* P, int64_t m, int64_t ld, V<T>* w) {
       const V<T> l = broadcast(conj(P[p + c * ld]));
       UNROLL for (int v = 0; v < N; v++) x[c][v] -= l * x[p][v];
     }
-    const V<T> d = broadcast(T(real(P[c + c * ld])));
+    const V<T> d = broadcast(conj(P[c + c * ld]));
     UNROLL for (int v = 0; v < N; v++) w[c * N + v] = x[c][v] = d * x[c][v];
   }
 }
@@ -293,6 +293,12 @@ struct Local {
   Row* const local;
 
   Row* rows_of(int32_t s) const { return local + (t.row[s] + t.first[s]) * N; }
+  void exchange(Row* a, Row* b) const {
+    for (int v = 0; v < N; v++) {
+      const Row z = a[v];
+      a[v] = b[v], b[v] = z;
+    }
+  }
   void gather(int32_t s) const {
     const int64_t f = t.first[s], k = t.first[s + 1] - f, m = k + t.row[s + 1] - t.row[s];
     const T* b = static_cast<const T*>(rhs.b) + rhs.offset;
@@ -307,6 +313,9 @@ struct Local {
       for (int64_t i = 0; i < count; i++)
         for (int v = 0; v < N; v++) w[to[i] * N + v] += passed[i * N + v];
     }
+    if (t.exchange)
+      for (int64_t j = 0; j < k; j++)
+        if (t.exchange[f + j] != j) exchange(w + j * N, w + t.exchange[f + j] * N);
   }
   void inherit(int32_t s) const {
     const int64_t k = t.first[s + 1] - t.first[s], u = t.row[s + 1] - t.row[s];
@@ -320,7 +329,10 @@ struct Local {
   void scatter(int32_t s) const {
     const int64_t f = t.first[s], k = t.first[s + 1] - f;
     T* x = static_cast<T*>(rhs.x) + rhs.offset;
-    const Row* w = rows_of(s);
+    Row* w = rows_of(s);
+    if (t.exchange)
+      for (int64_t j = k - 1; j >= 0; j--)
+        if (t.exchange[f + j] != j) exchange(w + j * N, w + t.exchange[f + j] * N);
     for (int64_t i = 0; i < k; i++) How::store(w + i * N, rhs.count, x + int64_t(t.perm[f + i]) * rhs.width);
   }
 };
