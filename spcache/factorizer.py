@@ -19,7 +19,7 @@ from .autograd import silence
 from .convention import CONJUGATED, NONE, TRANSPOSED, Convention
 from .device import DeviceFactor, DevicePool, HostFactor, Pairs, to_host
 from .dynamo import hide
-from .engines import DTYPE_CODES, Permutation, cudss, engine_for, klu, ldl
+from .engines import DTYPE_CODES, Permutation, cudss, engine_for, klu, ldl, lu
 from .errors import MODIFIED, EngineUnavailableError, NotPositiveDefiniteError, SingularMatrixError
 from .factor import NumericFactor, Pool, describe
 from .memory import plain
@@ -33,7 +33,7 @@ __all__ = ["Factorizer"]
 # Values further from symmetric than this share of the largest entry are not what the kind says.
 _ASYMMETRY = 1e-4
 
-# After so many factorizations in a row that L D L^H could not be trusted with, it is not tried again.
+# After so many factorizations in a row that pivots inside of fronts could not be trusted with, they are not tried again.
 _DISTRUST = 3
 
 # kind -> (name, permutation): orderings that need not be computed again
@@ -64,7 +64,8 @@ class Factorizer:
         self.checks: bool = options["check"]
         self._pools: dict[Any, Pool] = {}  # kind; with a device other than the CPU, a pairing of rows, or "careful"
         self._partner: np.ndarray | None = None  # pairing of rows that the latest values asked for
-        self._distrust = 0  # factorizations in a row that needed LU
+        self._distrust = 0  # factorizations in a row that needed KLU
+        self._general: Any = None  # the engine of general matrices, once it is chosen
         self._pairs: dict[torch.device, Pairs] = {}
         self._held: NumericFactor | None = None
         mirror = {"spd": CONJUGATED, "hermitian": CONJUGATED, "symmetric": TRANSPOSED}.get(self._kind, NONE)
@@ -77,7 +78,7 @@ class Factorizer:
             new._pools[key] = pool.renewed(new.stats)
             if pool.careful is not None:
                 new._pools[key].careful = new._factorize_carefully
-        new._partner = self._partner
+        new._partner, new._general = self._partner, self._general
         return new
 
     def found_orderings(self) -> Orderings:
@@ -267,61 +268,63 @@ class Factorizer:
 
     def _factorize(self, values: Tensor) -> NumericFactor:
         device = None if values.is_cpu else values.device
-        if self._kind != "auto":
-            if self._engine(device or torch.device("cpu"), self._kind) is ldl:
-                return self._factorize_indefinite(values)
-            return self._pool(self._kind, device).factorize(values, self.checks)
-        if self._looks_positive(values):
+        kind = "general" if self._kind == "auto" else self._kind
+        if self._kind == "auto" and self._looks_positive(values):
             numeric = self._pool("spd", device).factorize(values, self.checks)
             if isinstance(numeric, DeviceFactor):
                 numeric.settle()
             if numeric.failures is None:
                 return numeric
             del numeric
-        return self._pool("general", device).factorize(values, self.checks)
+        if self._engine(device or torch.device("cpu"), kind) in (ldl, lu):
+            return self._factorize_pivoted(kind, values)
+        return self._pool(kind, device).factorize(values, self.checks)
 
-    def _factorize_indefinite(self, values: Tensor) -> NumericFactor:
-        """L D L^H. Where it cannot be trusted: with rows paired by these values, and if that does not help by LU."""
+    def _factorize_pivoted(self, kind: str, values: Tensor) -> NumericFactor:
+        """L D L^H, or L U, with pivots chosen inside of fronts. Where they cannot be trusted: with rows paired by these
+        values, and if that does not help by KLU."""
         if self._distrust >= _DISTRUST:
-            return self._pool(self._kind, None, careful=True).factorize(values, self.checks)
-        if self._partner is None and self._kind not in self._pools:
-            self._partner = self._pairing(values, 0, False)
-        numeric = self._pool(self._kind, None, self._partner).factorize(values, self.checks)
+            return self._pool(kind, None, careful=True).factorize(values, self.checks)
+        if self._partner is None and kind not in self._pools:
+            self._partner = self._pairing(kind, values, 0, False)
+        numeric = self._pool(kind, None, self._partner).factorize(values, self.checks)
         if numeric.failures is None or not self.checks:
             self._distrust = 0
             return numeric
         failed = next(e for e, f in enumerate(numeric.failures) if f is not None)
         del numeric
-        partner = self._pairing(values, failed, True)
+        partner = self._pairing(kind, values, failed, True)
         if partner is not None and (self._partner is None or not np.array_equal(partner, self._partner)):
-            numeric = self._pool(self._kind, None, partner).factorize(values, self.checks)
+            numeric = self._pool(kind, None, partner).factorize(values, self.checks)
             self.stats.repivots += numeric.storage.batch
             if numeric.failures is None:
-                self._pools.pop(_key(self._kind, self._partner), None)
+                self._pools.pop(_key(kind, self._partner), None)
                 self._partner, self._distrust = partner, 0
                 return numeric
-            self._pools.pop(_key(self._kind, partner))
+            self._pools.pop(_key(kind, partner))
             del numeric
-        numeric = self._pool(self._kind, None, careful=True).factorize(values, self.checks)
+        numeric = self._pool(kind, None, careful=True).factorize(values, self.checks)
         self.stats.repivots += numeric.storage.batch
         self._distrust += numeric.failures is None
         return numeric
 
-    def _pairing(self, values: Tensor, e: int, always: bool) -> np.ndarray | None:
-        """Pairs of rows by the e-th matrix of a batch, as `ldl.pairing`."""
+    def _pairing(self, kind: str, values: Tensor, e: int, always: bool) -> np.ndarray | None:
+        """Pairs of rows by the e-th matrix of a batch, as `ldl.pairing` and `lu.pairing`."""
         start = perf_counter()
-        contributions = self._contributions(self._kind, True)
+        engine = self._engine(torch.device("cpu"), kind)
+        contributions = self._contributions(kind, True)
         address, dtype = next(islice(_matrices(values), e, None))
-        sizes = ldl.magnitudes(
-            self._assembly_of(ldl, self._kind, contributions), address, self.pattern.nnz, dtype, contributions.structure
+        sizes = engine.magnitudes(
+            self._assembly_of(engine, kind, contributions), address, self.pattern.nnz, dtype, contributions.structure
         )
-        partner = ldl.pairing(contributions.structure, sizes, always)
+        partner = engine.pairing(contributions.structure, sizes, always)
         self.stats.seconds["analyze"] += perf_counter() - start
         return partner
 
     def _factorize_carefully(self, values: Tensor) -> NumericFactor:
-        """The factor of values for which refinement has stalled: LU, or an error."""
-        numeric = self._pool(self._kind, None, careful=True).factorize(values, self.checks)
+        """The factor of values for which refinement has stalled: KLU, or an error."""
+        kind = "general" if self._kind == "auto" else self._kind
+        numeric = self._pool(kind, None, careful=True).factorize(values, self.checks)
         self.stats.repivots += numeric.storage.batch
         if numeric.failures is not None:
             self._raise(numeric)
@@ -331,7 +334,7 @@ class Factorizer:
         self, kind: str, device: torch.device | None, partner: np.ndarray | None = None, careful: bool = False
     ) -> Pool:
         """The pool that serves a kind other than "auto"; its plan comes from the plan cache or is analyzed now. Without
-        a device: of the CPU. With a pairing of rows: LDL^H; careful: LU, whatever the kind."""
+        a device: of the CPU. With a pairing of rows: LDL^H or LU; careful: KLU, whatever the kind."""
         key: Any = ("careful", kind) if careful else _key(kind, partner) if device is None else (kind, device)
         pool = self._pools.get(key)
         if pool is None:
@@ -367,7 +370,7 @@ class Factorizer:
                 pool = DevicePool(self.pattern.n, plan, assembly, self.stats, self.convention.matvec, self.checks)
             else:
                 pool = Pool(self.pattern.n, plan, assembly, self.stats, self.options["threads"])
-                if engine is ldl and self.checks:
+                if engine in (ldl, lu) and self.checks:
                     pool.careful = self._factorize_carefully
             pool = self._pools.setdefault(key, pool)
             self.stats.analyses += not found
@@ -384,7 +387,24 @@ class Factorizer:
         )  # fmt: skip
 
     def _engine(self, device: torch.device, kind: str) -> Any:
-        return engine_for(device.type, kind)
+        if kind != "general" or device.type != "cpu":
+            return engine_for(device.type, kind)
+        if self._general is None:
+            self._general = self._chosen()
+        return self._general
+
+    def _chosen(self) -> Any:
+        """The engine of general matrices on the CPU, by structure and predicted work; see `lu.pays`."""
+        ordering, structure = self.options["ordering"], self.pattern.stored.structure
+        if not lu.in_question(structure.n, ordering):
+            return klu
+        start = perf_counter()
+        key = (klu.__name__, klu.variant(), structure, "auto")
+        plan, found = plan_cache.find(key, lambda: klu.analyze(structure, "auto"))
+        engine = lu if lu.pays(plan.flops, plan.nnz, plan.largest_block / structure.n) else klu
+        self.stats.analyses += engine is klu and ordering == "auto" and not found
+        self.stats.seconds["analyze"] += perf_counter() - start
+        return engine
 
     def _contributions(self, kind: str, triangle: bool) -> Contributions:
         """triangle: the engine takes one of every symmetric matrix."""

@@ -13,9 +13,12 @@ import numpy as np
 
 from .._pattern import Assembly, compress
 from . import _lu, multifrontal
-from .protocol import Failure, Structure
+from .protocol import Failure, Permutation, Structure
 
-__all__ = ["ORDERINGS", "Storage", "SymbolicFactor", "analyze", "assembly", "magnitudes", "pairing", "variant"]
+__all__ = [
+    "ORDERINGS", "Storage", "SymbolicFactor", "analyze", "assembly", "in_question", "magnitudes", "pairing", "pays",
+    "variant",
+]  # fmt: skip
 
 ORDERINGS = multifrontal.ORDERINGS
 variant = multifrontal.variant
@@ -25,6 +28,28 @@ _REASONS = ("", "singular", "untrusted")
 # The diagonal serves where no entry of it is below this share of the largest entries of its row and column (of their
 # geometric mean).
 _SERVES = 1e-3
+
+
+# KLU serves matrices of lower order, and those with less work, or less for each entry of the factor: circuits, power
+# grids, whose fronts are tiny. Measured on convection-diffusion in the plane and on the matrices of tests/data.
+_FROM_ORDER = 500
+_FROM_FLOPS = 4e5
+_FROM_INTENSITY = 18
+
+
+def in_question(n: int, ordering: str | Permutation) -> bool:
+    """Whether this engine may serve a matrix of order n under an ordering; `pays` has the last word."""
+    return n >= _FROM_ORDER and (ordering in ORDERINGS or isinstance(ordering, Permutation))
+
+
+def pays(flops: float, nnz: int, share: float) -> bool:
+    """Whether it will be faster than KLU.
+
+    Args:
+        flops, nnz: operations and entries of a factor, as AMD predicts them for the blocks of the block triangular form.
+        share: of the rows that the largest block has. The other blocks cost KLU little, but here they cause fill.
+    """
+    return share >= 0.5 and flops >= max(_FROM_FLOPS, _FROM_INTENSITY * nnz)
 
 
 def analyze(
