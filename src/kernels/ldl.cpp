@@ -11,12 +11,6 @@
 #include "tasks.hpp"
 
 namespace spcache {
-namespace {
-
-constexpr int SCALINGS = 40;
-
-}  // namespace
-
 LdlPlan::LdlPlan(int32_t n, const int64_t* Ap, const int32_t* Ai, const int64_t* tree_indptr, const int32_t* tree_indices,
                  const int32_t* slots, const int32_t* perm)
     : PivotedPlan(Plan(n, tree_indptr, tree_indices, perm)), indptr(Ap, Ap + n + 1), begin(plan.supernodes + 1, 0),
@@ -131,15 +125,7 @@ class LdlFactorsOf final : public PivotedOf<T> {
         top[j] = most > top[j] ? most : top[j];
       }
       bool done = true;
-      for (int64_t i = 0; i < n(); i++) {
-        if (!(top[i] > 0 && top[i] <= DBL_MAX)) continue;
-        if (top[i] >= 0.25 && top[i] < 4) continue;
-        const int old = std::ilogb(factor[i]), change = -std::ilogb(top[i]) / 2;
-        const int now = std::clamp(old + (change ? change : top[i] < 1 ? 1 : -1), -LIMIT, LIMIT);
-        if (now == old) continue;
-        factor[i] = std::ldexp(1.0, now);
-        done = false;
-      }
+      for (int64_t i = 0; i < n(); i++) done &= !balance(factor[i], top[i], LIMIT);
       if (done) break;
     }
     for (int64_t i = 0; i < n(); i++) s[i] = R(factor[i]);

@@ -12,7 +12,6 @@
 namespace spcache {
 namespace {
 
-constexpr int SCALINGS = 40;
 // A matrix is scaled where rows and columns differ by more than this, or its entries from 1 by more than FAR.
 constexpr double UNEVEN = 256, FAR_FROM_ONE = 1e6;
 
@@ -28,26 +27,8 @@ struct LuWorkspace final : PivotedWorkspace {
         scratch.push_back({allocate(schedule.own_size * itemsize), each, pack, schedule.update.data(), queue});
     }
   }
-  // At least so much, the same as long as no more is asked for.
-  void* local(int64_t bytes) {
-    if (bytes > local_size) {
-      if (local_size) {
-        memory.pop_back();
-        nbytes -= local_size;
-      }
-      const int64_t before = nbytes;
-      local_memory = allocate(bytes);
-      local_size = nbytes - before;
-    }
-    return local_memory;
-  }
-
   std::vector<Scratch> scratch;  // [threads, 2]
   int32_t* queue;                // [Schedule::queue_size()]
-
- private:
-  void* local_memory = nullptr;  // the last that was allocated
-  int64_t local_size = 0;
 };
 
 template <class T>
@@ -85,13 +66,12 @@ class LuFactorsOf final : public PivotedOf<T> {
                 PivotedWorkspace& work, int threads) const override {
     const T* from = static_cast<const T*>(b);
     T* to = static_cast<T*>(x);
-    std::vector<T> rhs;
     if (scaled[f]) {
       const R* r = scales(f, adjoint);
-      rhs.resize(n() * width);
+      T* rhs = static_cast<T*>(work.buffer(PivotedWorkspace::RHS, n() * width * int64_t(sizeof(T))));
       for (int64_t i = 0; i < n(); i++)
         for (int64_t c = 0; c < width; c++) rhs[i * width + c] = r[i] * from[i * width + c];
-      from = rhs.data();
+      from = rhs;
     }
     direct(f, from, to, width, adjoint, schedule, work, threads);
     const int64_t steps = refined[f] ? this->refine(f, from, to, width, adjoint, schedule, work, threads) : 0;
@@ -108,7 +88,7 @@ class LuFactorsOf final : public PivotedOf<T> {
 
   Report factor(int64_t e, const Schedule& schedule, PivotedWorkspace& memory, int threads) override {
     auto& work = static_cast<LuWorkspace&>(memory);
-    const double top = equilibrate(e);
+    const double top = equilibrate(e, work);
     const Unsymmetric f{A.get() + e * nnz(), lower.get() + e * stored(), upper.get() + e * stored(), rows.data() + e * n(),
                         columns.data() + e * n()};
     const Scatter scatter{plan.begin.data(), plan.slot.data(), plan.target.data()};
@@ -126,17 +106,19 @@ class LuFactorsOf final : public PivotedOf<T> {
   }
 
   // Scales A where that is needed; returns its largest entry. Exponents are found in double, whose range holds all products.
-  double equilibrate(int64_t e) {
+  double equilibrate(int64_t e, PivotedWorkspace& work) {
     T* a = A.get() + e * nnz();
     const int64_t* p = plan.indptr.data();
     const int32_t* row = plan.indices.data();
     constexpr int LIMIT = sizeof(R) == 4 ? 60 : 500;
-    std::vector<double> factor(2 * n(), 1), top(2 * n());
-    double *r = factor.data(), *c = r + n(), *row_top = top.data(), *column_top = row_top + n();
+    double* const factor = static_cast<double*>(work.buffer(PivotedWorkspace::SCALING, 4 * n() * int64_t(sizeof(double))));
+    double *const top = factor + 2 * n(), *const r = factor, *const c = r + n(), *const row_top = top,
+           *const column_top = row_top + n();
+    std::fill(factor, top, 1.0);
     double largest = 0;
     scaled[e] = 0;
     for (int round = 0; round < SCALINGS; round++) {
-      std::fill(top.begin(), top.end(), 0.0);
+      std::fill(top, top + 2 * n(), 0.0);
       for (int64_t j = 0; j < n(); j++) {
         double most = 0;
         for (int64_t q = p[j]; q < p[j + 1]; q++) {
@@ -149,21 +131,13 @@ class LuFactorsOf final : public PivotedOf<T> {
       }
       double least = DBL_MAX;
       largest = 0;
-      for (double v : top) {
-        if (v > 0 && v < least) least = v;
-        largest = v > largest ? v : largest;
+      for (int64_t i = 0; i < 2 * n(); i++) {
+        if (top[i] > 0 && top[i] < least) least = top[i];
+        largest = top[i] > largest ? top[i] : largest;
       }
       if (!round && largest <= UNEVEN * least && largest < FAR_FROM_ONE && largest * FAR_FROM_ONE > 1) return largest;
       bool done = true;
-      for (int64_t i = 0; i < 2 * n(); i++) {
-        if (!(top[i] > 0 && top[i] <= DBL_MAX)) continue;
-        if (top[i] >= 0.25 && top[i] < 4) continue;
-        const int old = std::ilogb(factor[i]), change = -std::ilogb(top[i]) / 2;
-        const int now = std::clamp(old + (change ? change : top[i] < 1 ? 1 : -1), -LIMIT, LIMIT);
-        if (now == old) continue;
-        factor[i] = std::ldexp(1.0, now);
-        done = false;
-      }
+      for (int64_t i = 0; i < 2 * n(); i++) done &= !balance(factor[i], top[i], LIMIT);
       if (done) break;
     }
     scaled[e] = 1;
@@ -183,7 +157,7 @@ class LuFactorsOf final : public PivotedOf<T> {
     if (reports[f].exchanged) of_rows.exchange = rows.data() + f * n(), of_columns.exchange = columns.data() + f * n();
     const Triangle l{of_rows, lower.get() + f * stored()}, u{of_columns, upper.get() + f * stored()};
     const int64_t lanes = width == 1 ? 1 : solving.lanes;
-    void* local = work.local(lanes * (n() + plan.plan.row.back()) * int64_t(sizeof(T)));
+    void* local = work.buffer(PivotedWorkspace::LOCAL, lanes * (n() + plan.plan.row.back()) * int64_t(sizeof(T)));
     if (adjoint) spcache::solve(solving, u, l, schedule, b, x, width, local, work.queue, threads);
     else spcache::solve(solving, l, u, schedule, b, x, width, local, work.queue, threads);
   }

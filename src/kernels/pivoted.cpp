@@ -16,6 +16,19 @@ void* PivotedWorkspace::allocate(int64_t bytes) {
   return p;
 }
 
+void* PivotedWorkspace::buffer(Use use, int64_t bytes) {
+  if (bytes > sizes[use]) {
+    buffers[use].reset();
+    nbytes -= sizes[use];
+    sizes[use] = 0;
+    allocate(bytes);
+    buffers[use] = std::move(memory.back());
+    memory.pop_back();
+    sizes[use] = (bytes + 63) / 64 * 64 + 64;
+  }
+  return buffers[use].get();
+}
+
 int64_t pivoted_solve(const PivotedFactors& factors, const void* b, void* x, int64_t count, int64_t stride, int64_t width,
                   const int64_t* select, bool adjoint, const Schedule& schedule, PivotedWorkspace* const* work, int workspaces,
                   int threads) {

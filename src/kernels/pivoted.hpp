@@ -26,13 +26,20 @@ enum Verdict : int32_t { SOUND = 0, SINGULAR = 1, UNTRUSTED = 2 };
 
 // Memory that factorizations and solves use meanwhile.
 struct PivotedWorkspace {
+  enum Use { SCALING, PROBE, REFINEMENT, RHS, LOCAL, USES };
   virtual ~PivotedWorkspace() = default;
+  // Memory for one use at a time, the same as long as no more is asked for.
+  void* buffer(Use use, int64_t bytes);
   int64_t nbytes = 0;
 
  protected:
   struct Free { void operator()(void* p) const; };
   std::vector<std::unique_ptr<void, Free>> memory;
   void* allocate(int64_t bytes);
+
+ private:
+  std::unique_ptr<void, Free> buffers[USES];
+  int64_t sizes[USES] = {};
 };
 
 // The factors of one batch. Types are erased.

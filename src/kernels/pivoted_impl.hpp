@@ -21,6 +21,7 @@ constexpr double GROWTH_GOOD = 8;
 // Refinement ends at an error of so many eps: at GOOD at once, at ENOUGH where a step gains less than GAIN.
 constexpr double GAIN = 0.3, GOOD = 2, ENOUGH = 32;
 constexpr int MOST_STEPS = 12;
+constexpr int SCALINGS = 40;  // rounds at most
 // A smallest pivot below this (double, entries being about 1) asks for an estimate of the condition number.
 constexpr double WEAK_PIVOT = 1e-10, WEAK_PIVOT_SINGLE = 1e-5;
 
@@ -40,6 +41,16 @@ void share_or_throw(int64_t count, int threads, Work work) {
 
 template <class R> R part(R a) { return std::abs(a); }
 template <class R> R part(Complex<R> a) { return std::max(std::abs(a.re), std::abs(a.im)); }
+
+// Moves a scale factor, a power of two, half the way to where its row's or column's largest entry is 1. False where that
+// is near enough, or nothing can be done.
+inline bool balance(double& factor, double top, int limit) {
+  if (!(top > 0 && top <= DBL_MAX) || (top >= 0.25 && top < 4)) return false;
+  const int old = std::ilogb(factor), change = -std::ilogb(top) / 2;
+  const int now = std::clamp(old + (change ? change : top < 1 ? 1 : -1), -limit, limit);
+  factor = std::ldexp(1.0, now);
+  return now != old;
+}
 
 // The size of the residual of row i with sum of magnitudes `size` = (|A| |x| + |b|)_i and `row` = |A_i|; `top` is the
 // largest |x|. Where that divisor is nothing but rounding, |A_i| |x| takes its place (M. Arioli, J. W. Demmel, I. S. Duff
@@ -106,19 +117,20 @@ class PivotedOf : public PivotedFactors {
   // the columns is not as good as it should be.
   int64_t refine(int64_t f, const T* b, T* x, int64_t width, bool adjoint, const Schedule& schedule,
                  PivotedWorkspace& work, int threads) const {
-    std::vector<T> r(n()), d(n()), best(n());
-    std::vector<R> size(n()), row(n());
+    T* const r = static_cast<T*>(work.buffer(PivotedWorkspace::REFINEMENT, n() * int64_t(3 * sizeof(T) + 2 * sizeof(R))));
+    T *const d = r + n(), *const best = d + n();
+    R *const size = reinterpret_cast<R*>(best + n()), *const row = size + n();
     int64_t most = 0;
     bool good = true;
     for (int64_t c = 0; c < width; c++) {
-      double error = residual(f, b, x, width, c, adjoint, r.data(), size.data(), row.data());
+      double error = residual(f, b, x, width, c, adjoint, r, size, row);
       int64_t steps = 0;
       while (!(error <= GOOD * EPS) && steps < MOST_STEPS) {
         for (int64_t i = 0; i < n(); i++) best[i] = x[i * width + c];
-        direct(f, r.data(), d.data(), 1, adjoint, schedule, work, threads);
+        direct(f, r, d, 1, adjoint, schedule, work, threads);
         for (int64_t i = 0; i < n(); i++) x[i * width + c] += d[i];
         steps++;
-        const double now = residual(f, b, x, width, c, adjoint, r.data(), size.data(), row.data());
+        const double now = residual(f, b, x, width, c, adjoint, r, size, row);
         if (!(now < error)) {
           for (int64_t i = 0; i < n(); i++) x[i * width + c] = best[i];
           break;
@@ -176,30 +188,35 @@ class PivotedOf : public PivotedFactors {
     return j;
   }
 
+  T* probes(PivotedWorkspace& work) const {  // three vectors
+    return static_cast<T*>(work.buffer(PivotedWorkspace::PROBE, 3 * n() * int64_t(sizeof(T))));
+  }
+
   // Whether refinement leads to a small residual for a right-hand side that means nothing.
   int64_t probe(int64_t e, const Schedule& schedule, PivotedWorkspace& work, int threads) const {
-    std::vector<T> b(n()), x(n());
+    T *const b = probes(work), *const x = b + n();
     uint32_t state = 12345;
-    for (T& v : b) {
+    for (int64_t i = 0; i < n(); i++) {
       state = state * 1664525u + 1013904223u;
-      v = T((state >> 31 ? R(1) : R(-1)) * (R(0.5) + R((state >> 8) & 0xffff) / R(65536)));
+      b[i] = T((state >> 31 ? R(1) : R(-1)) * (R(0.5) + R((state >> 8) & 0xffff) / R(65536)));
     }
-    direct(e, b.data(), x.data(), 1, false, schedule, work, threads);
-    return refine(e, b.data(), x.data(), 1, false, schedule, work, threads);
+    direct(e, b, x, 1, false, schedule, work, threads);
+    return refine(e, b, x, 1, false, schedule, work, threads);
   }
 
   // Estimate of the condition number of the scaled matrix in the 1-norm (W. W. Hager 1984, doi:10.1137/0905023).
   double condition(int64_t e, const Schedule& schedule, PivotedWorkspace& work, int threads) const {
-    auto sum = [](const std::vector<T>& v) {
+    auto sum = [&](const T* v) {
       double total = 0;
-      for (const T& z : v) total += double(abs(z));
+      for (int64_t i = 0; i < n(); i++) total += double(abs(v[i]));
       return total;
     };
-    std::vector<T> x(n(), T(R(1) / R(n()))), y(n()), z(n());
+    T *const x = probes(work), *const y = x + n(), *const z = y + n();
+    std::fill(x, x + n(), T(R(1) / R(n())));
     double estimate = 0;
     int64_t last = -1;
     for (int round = 0; round < 5; round++) {
-      direct(e, x.data(), y.data(), 1, false, schedule, work, threads);
+      direct(e, x, y, 1, false, schedule, work, threads);
       const double now = sum(y);
       if (!(now <= DBL_MAX)) return std::numeric_limits<double>::infinity();
       if (round && now <= estimate) break;
@@ -208,19 +225,19 @@ class PivotedOf : public PivotedFactors {
         const R v = abs(y[i]);
         x[i] = v > 0 ? (R(1) / v) * y[i] : T(R(1));
       }
-      direct(e, x.data(), z.data(), 1, true, schedule, work, threads);
+      direct(e, x, z, 1, true, schedule, work, threads);
       int64_t at = 0;
       for (int64_t i = 1; i < n(); i++)
         if (abs(z[i]) > abs(z[at])) at = i;
       if (at == last) break;
       last = at;
-      std::fill(x.begin(), x.end(), T(0));
+      std::fill(x, x + n(), T(0));
       x[at] = T(R(1));
     }
     // A vector whose entries alternate in sign and grow, for matrices that deceive the above (N. J. Higham 1988).
     for (int64_t i = 0; i < n(); i++)
       x[i] = T(R((i % 2 ? -1.0 : 1.0) * (1 + double(i) / double(std::max<int64_t>(n() - 1, 1)))));
-    direct(e, x.data(), y.data(), 1, false, schedule, work, threads);
+    direct(e, x, y, 1, false, schedule, work, threads);
     const double other = 2 * sum(y) / (3 * double(n()));
     return norm(e) * std::max(estimate, other);
   }
