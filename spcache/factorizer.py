@@ -63,7 +63,7 @@ class Factorizer:
         self._kind: str = options["kind"]
         self.checks: bool = options["check"]
         self._pools: dict[Any, Pool] = {}  # kind; with a device other than the CPU, a pairing of rows, or "careful"
-        self._partner: np.ndarray | None = None  # pairing of rows that the latest values asked for
+        self._partner: Permutation | None = None  # pairing of rows that the latest values asked for
         self._distrust = 0  # factorizations in a row that needed KLU
         self._general: Any = None  # the engine of general matrices, once it is chosen
         self._pairs: dict[torch.device, Pairs] = {}
@@ -294,7 +294,7 @@ class Factorizer:
         failed = next(e for e, f in enumerate(numeric.failures) if f is not None)
         del numeric
         partner = self._pairing(kind, values, failed, True)
-        if partner is not None and (self._partner is None or not np.array_equal(partner, self._partner)):
+        if partner is not None and partner != self._partner:
             numeric = self._pool(kind, None, partner).factorize(values, self.checks)
             self.stats.repivots += numeric.storage.batch
             if numeric.failures is None:
@@ -308,7 +308,7 @@ class Factorizer:
         self._distrust += numeric.failures is None
         return numeric
 
-    def _pairing(self, kind: str, values: Tensor, e: int, always: bool) -> np.ndarray | None:
+    def _pairing(self, kind: str, values: Tensor, e: int, always: bool) -> Permutation | None:
         """Pairs of rows by the e-th matrix of a batch, as `ldl.pairing` and `lu.pairing`."""
         start = perf_counter()
         engine = self._engine(torch.device("cpu"), kind)
@@ -319,7 +319,7 @@ class Factorizer:
         )
         partner = engine.pairing(contributions.structure, sizes, always)
         self.stats.seconds["analyze"] += perf_counter() - start
-        return partner
+        return None if partner is None else Permutation(partner)
 
     def _factorize_carefully(self, values: Tensor) -> NumericFactor:
         """The factor of values for which refinement has stalled: KLU, or an error."""
@@ -331,7 +331,7 @@ class Factorizer:
         return numeric
 
     def _pool(
-        self, kind: str, device: torch.device | None, partner: np.ndarray | None = None, careful: bool = False
+        self, kind: str, device: torch.device | None, partner: Permutation | None = None, careful: bool = False
     ) -> Pool:
         """The pool that serves a kind other than "auto"; its plan comes from the plan cache or is analyzed now. Without
         a device: of the CPU. With a pairing of rows: LDL^H or LU; careful: KLU, whatever the kind."""
@@ -358,12 +358,12 @@ class Factorizer:
                 )
             where: tuple[Any, ...] = (kind, device) if on_device else ()
             if partner is not None:
-                where = (partner,) if len(named) > 1 else (None, partner)
+                where = (partner.pivots,) if len(named) > 1 else (None, partner.pivots)
 
             def analyze() -> Any:
                 return engine.analyze(structure, *named, *where)
 
-            paired = where if partner is None else (partner.tobytes(),)
+            paired = where if partner is None else (partner,)
             plan, found = plan_cache.find((engine.__name__, engine.variant(), structure, ordering, *paired), analyze)
             assembly = self._assembly_of(plan, kind, contributions)
             if on_device:
@@ -562,8 +562,8 @@ def _matrices(values: Tensor) -> Iterator[tuple[int, int]]:
         yield values.data_ptr() + e * stride, dtype
 
 
-def _key(kind: str, partner: np.ndarray | None) -> Any:
-    return kind if partner is None else (kind, partner.tobytes())
+def _key(kind: str, partner: Permutation | None) -> Any:
+    return kind if partner is None else (kind, partner)
 
 
 def _batch_index(e: int, batch_shape: torch.Size) -> tuple[int, ...]:

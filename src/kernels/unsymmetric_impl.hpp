@@ -9,6 +9,7 @@ namespace spcache {
 namespace {
 
 constexpr int64_t SEARCHED = 32;  // columns of a window in which pivots are looked for
+constexpr double ACCEPTED = 0.25;  // pivots whose multipliers are at most 1 / ACCEPTED are taken at once
 
 // LU of one diagonal block of NR <= NB columns without exchanges: the lower triangle in P, the upper one in Q, conjugated
 // and transposed. False where a multiplier is too large; the block is as it was then. The diagonals are what tiles take to
@@ -31,10 +32,10 @@ bool factor_diagonal(T* P, T* Q, int64_t ld, Diagonal<T>& lower, Diagonal<T>& up
       a[i][c] = l;
       UNROLL for (int j = c + 1; j < NR; j++) a[i][j] -= l * a[c][j];
     }
-    const R size = R(STABLE) * size_of(inverses[c]);  // neither infinite nor a NaN
-    most = size - size == 0 ? most : R(2 / STABLE);
+    const R size = size_of(inverses[c]);  // neither infinite nor a NaN
+    most = size - size == 0 ? most : R(2 / ACCEPTED);
   }
-  if (!(most <= R(1 / STABLE))) return false;
+  if (!(most <= R(1 / ACCEPTED))) return false;
   UNROLL for (int j = 0; j < NR; j++) {
     lower.reciprocal[j] = P[j + j * ld] = T(R(1));
     upper.reciprocal[j] = inverses[j];
@@ -164,7 +165,7 @@ class GeneralFront {
       const R size = largest(p + j + 1 + j * m, below - j - 1);
       most = size <= most ? most : size;
     }
-    if (!(most <= R(1 / STABLE))) return false;
+    if (!(most <= R(1 / ACCEPTED))) return false;
     if (!(double(most) <= report.multiplier)) report.multiplier = most;
     solve_rows(q, p, count, m, count, below);
     finish(J, count);
@@ -211,7 +212,7 @@ class GeneralFront {
   void eliminate(int64_t J, int64_t j, int64_t end) {
     R quality = -1, all = 0;
     int64_t column = j, row = j;
-    for (int64_t c = j; c < end && quality < R(STABLE); c++) {
+    for (int64_t c = j; c < end && quality < R(ACCEPTED); c++) {
       const int64_t r = row_of_largest(c, j);
       const R size = size_of(P[r + c * m]), below = largest(P + k + c * m, m - k);
       const R found = size > 0 ? (below > size ? size / below : R(1)) : R(0);
