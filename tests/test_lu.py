@@ -161,15 +161,20 @@ def test_columns_are_exchanged():
 
 @every_dtype
 def test_threads_do_not_change_bits(dtype):
-    """Subtrees, and fronts above them; rows are exchanged in some."""
-    problem = convection(60, dtype=dtype)
-    problem = Problem(problem.case, problem.n, problem.indices, problem.values * (1 + 0.9 * numbers((17_760,), dtype, 0)))
+    """Subtrees, and fronts above them; rows are exchanged in some, since neighbours have changed places."""
+    grid = convection(60, dtype=dtype)
+    to, k = torch.arange(grid.n), torch.arange(0, grid.n, 8)
+    to[k], to[k + 1] = k + 1, k
+    problem = Problem(grid.case, grid.n, torch.stack([to[grid.indices[0]], grid.indices[1]]), grid.values)
     results = []
     for threads in (1, 2, 4):
         system = SparseSystem(problem.indices, problem.n, kind="general", threads=threads)
         x = system.solve(problem.values[0], problem.rhs(problem.n, 3))
-        assert system.stats.engine == "lu" and system._factorizer._held.storage.report(0)["multiplier"] > 1
-        results.append(torch.cat([x, system.solve(problem.values[0], problem.rhs(problem.n, 1), adjoint=True)], 1))
+        stats, report = system.stats, system._factorizer._held.storage.report(0)
+        assert (stats.engine, stats.repivots, report["replaced"]) == ("lu", 0, 0) and report["multiplier"] > 1
+        x = torch.cat([x, system.solve(problem.values[0], problem.rhs(problem.n, 1), adjoint=True)], 1)
+        assert error(sparse(problem), x[:, 0], problem.rhs(problem.n, 3)[:, 0]) <= C
+        results.append(x)
     assert all(torch.equal(x, results[0]) for x in results)
 
 
@@ -256,28 +261,23 @@ def test_permuted_rows(dtype):
     assert copy.stats.analyses == 0 and copy.stats.engine == "lu"
 
 
-def test_rows_are_matched_anew():
-    """Values turn the matching bad: another one is found, counted, and kept."""
-    n = 300
-    g = np.random.default_rng(0)
-    S = 1e-9 * (g.random((n, n)) < 0.01) * g.standard_normal((n, n))
-    first, second = g.permutation(n), g.permutation(n)
+def test_rows_are_matched_anew(always, monkeypatch):
+    """A factor that cannot be trusted: rows are matched by these values, which is counted, and the plan kept."""
+    problem = random(np.random.default_rng(0).random((60, 60)) < 0.1, diagonal=0.05, batch=1)
+    failures, first = lu.Storage.failures, []
 
-    def values_of(order):
-        A = S.copy()
-        A[order, np.arange(n)] = 1.0
-        return torch.from_numpy(A)[None]
+    def distrusted(self):
+        first.append(self.symbolic)
+        return [Failure(3, "untrusted")] if self.symbolic is first[0] else failures(self)
 
-    mask = (values_of(first) != 0)[0] | (values_of(second) != 0)[0]
-    one, two = (problem_of(values_of(order), mask=mask) for order in (first, second))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lu, "in_question", lambda n, ordering: True)
-        patch.setattr(lu, "pays", lambda flops, nnz, share: True)
-        system, b = one.system(), one.rhs(1, n, 1)
-        for problem in (one, two, two, one):
-            x = system.solve(problem.values, b)
-            assert scaled_residual(problem.matrix(), x, b) <= C * problem.case.eps
-    assert system.stats.engine == "lu" and 0 < system.stats.repivots == system.stats.analyses - 1
+    monkeypatch.setattr(lu.Storage, "failures", distrusted)
+    monkeypatch.setattr(lu, "_SERVES", 0)
+    system, b = problem.system(), problem.rhs(1, 60, 1)
+    for k in range(3):
+        values = problem.values * (1 + k)
+        assert scaled_residual(problem.matrix(values), system.solve(values, b), b) <= C * problem.case.eps
+        stats = system.stats
+        assert (stats.engine, stats.analyses, stats.repivots, stats.factorizations) == ("lu", 2, 1, k + 2)
 
 
 # --- scaling --------------------------------------------------------------------------------------------------------------
@@ -445,10 +445,11 @@ def test_the_engine_follows_predicted_work():
     assert (given.stats.engine, given.stats.ordering) == ("lu", "given")
     assert engine_of(convection(8)) == "klu"
     n = 2000  # a tree has no fill, a triangle falls into blocks of one
-    tree = torch.stack([torch.arange(n), torch.arange(n) // 2])
-    indices = torch.cat([tree, tree.flip(0)], 1)
+    k = torch.arange(n)
+    tree, own = torch.stack([k, k // 2]), torch.stack([k, k])
+    indices = torch.cat([tree, tree.flip(0), own], 1)
     general = find_case("general")
-    assert engine_of(Problem(general, n, indices, torch.cat([torch.ones(n) * 8, torch.ones(n)]).double()[None])) == "klu"
+    assert engine_of(Problem(general, n, indices, torch.cat([torch.ones(2 * n), 9 * torch.ones(n)]).double()[None])) == "klu"
     lower = grid.indices[:, grid.indices[0] >= grid.indices[1]]
     assert engine_of(Problem(general, grid.n, lower, torch.rand(1, lower.shape[1]).double() + 1)) == "klu"
 
