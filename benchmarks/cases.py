@@ -202,9 +202,11 @@ CASES: dict[str, Callable[[], Case]] = {
     "grid40^3": partial(grid, 40, 40, 40, name="grid40^3"),
     "grid60^3": partial(grid, 60, 60, 60, name="grid60^3"),
     "convection1e4": partial(convection, 100, "convection1e4"),
+    "convection1e5": partial(convection, 316, "convection1e5"),
 }
 LARGE = {"grid1e6", "grid60^3"}  # minutes each: only where they are named, or with --large
 HEAVY = LARGE | {"grid40^3"}  # minutes each for libraries without supernodes
-DENSE = HEAVY | {"grid1e5", "delaunay1e5", "grid20^3", "rod300x33", "hexahedra16^3"}  # where BLAS kernels matter
+# where BLAS kernels matter
+DENSE = HEAVY | {"grid1e5", "convection1e5", "delaunay1e5", "grid20^3", "rod300x33", "hexahedra16^3"}
 LIKE_ANOTHER = {"grid9e4"}  # only where they are named
 QUICK = ["tiny10", "batch1024x100", "grid1e3", "convection1e4"]
