@@ -94,11 +94,16 @@ class LuFactorsOf final : public PivotedOf<T> {
     const Scatter scatter{plan.begin.data(), plan.slot.data(), plan.target.data()};
     const Tree tree = plan.plan.tree();
     std::vector<Report> found(threads);
-    run_tasks(schedule, false, work.queue, Crew(threads), [&](int32_t i, int thread) {
+    const Crew crew(threads);
+    run_tasks(schedule, false, work.queue, crew, [&](int32_t i, int thread) {
       const Schedule::Task& task = schedule.tasks[i];
-      kernels.factorize(tree, scatter, f, task.begin, task.end, &work.scratch[2 * thread], found[thread]);
+      kernels.factorize(tree, scatter, f, task.begin, task.end, &work.scratch[2 * thread], found[thread], nullptr);
     });
-    for (int32_t s : schedule.top) kernels.factorize(tree, scatter, f, s, s + 1, work.scratch.data(), found[0]);
+    const Sharing all{[](const void* who, int64_t count, void (*piece)(void*, int64_t), void* context) {
+                        static_cast<const Crew*>(who)->share(count, [&](int64_t i, int) { piece(context, i); });
+                      }, &crew};
+    for (int32_t s : schedule.top)
+      kernels.factorize(tree, scatter, f, s, s + 1, work.scratch.data(), found[0], crew.size() > 1 ? &all : nullptr);
     for (int t = 1; t < threads; t++) found[0].merge(found[t]);
     found[0].growth /= top;
     found[0].weakest /= top;

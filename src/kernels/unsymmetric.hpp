@@ -21,9 +21,17 @@ struct Unsymmetric {
   int32_t *rows, *columns;  // [n] see Tree::exchange
 };
 
+// How threads share a large front: calls work(context, i) for each i < count, in any order.
+struct Sharing {
+  void (*share)(const void* crew, int64_t count, void (*work)(void* context, int64_t i), void* context);
+  const void* crew;
+};
+
 struct UnsymmetricKernels {
-  // Factors supernodes begin .. end, their children being factored. Scratch is [2]: for L and for U^H.
-  void (*factorize)(const Tree&, const Scatter&, const Unsymmetric&, int32_t begin, int32_t end, const Scratch*, Report&);
+  // Factors supernodes begin .. end, their children being factored. Scratch is [2]: for L and for U^H. Sharing: null for
+  // one thread; the bits are the same.
+  void (*factorize)(const Tree&, const Scatter&, const Unsymmetric&, int32_t begin, int32_t end, const Scratch*, Report&,
+                    const Sharing*);
   int64_t (*work_size)(int64_t largest_front);  // elements of Scratch::pack
 };
 

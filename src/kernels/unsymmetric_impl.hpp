@@ -11,6 +11,20 @@ namespace {
 constexpr int64_t SEARCHED = 32;  // columns of a window in which pivots are looked for
 constexpr double ACCEPTED = 0.25;  // pivots whose multipliers are at most 1 / ACCEPTED are taken at once
 
+constexpr int64_t SHARED_FROM = 480;  // rows of a front that threads share
+
+// Calls work(first, last) for pieces of begin .. end.
+template <class Work>
+void in_pieces(const Sharing* sharing, int64_t begin, int64_t end, int64_t size, Work work) {
+  if (!sharing) return work(begin, end);
+  auto piece = [&](int64_t i) {
+    const int64_t first = begin + i * size;
+    work(first, end - first < size ? end : first + size);
+  };
+  sharing->share(sharing->crew, (end - begin + size - 1) / size,
+                 [](void* context, int64_t i) { (*static_cast<decltype(piece)*>(context))(i); }, &piece);
+}
+
 // LU of one diagonal block of NR <= NB columns without exchanges: the lower triangle in P, the upper one in Q, conjugated
 // and transposed. False where a multiplier is too large; the block is as it was then. The diagonals are what tiles take to
 // solve for the rows below.
@@ -97,13 +111,14 @@ class GeneralFront {
   int32_t* const names;  // [k] the columns as they came, once one was exchanged
   const int32_t first;   // pivot number of the front's first row
   Report& report;
+  const Sharing* const sharing;
   bool named = false;
 
  public:
   GeneralFront(T* lower, T* upper, int64_t m_, int64_t k_, int32_t* rows_, int32_t* columns_, T* work, int32_t first_,
-               Report& report_)
+               Report& report_, const Sharing* sharing_)
       : P(lower), Q(upper), m(m_), k(k_), rows(rows_), columns(columns_), memory(work + m_),
-        names(reinterpret_cast<int32_t*>(work)), first(first_), report(report_) {}
+        names(reinterpret_cast<int32_t*>(work)), first(first_), report(report_), sharing(sharing_) {}
 
   static int64_t work_size(int64_t rows) {
     return rows + (rows + TILE_ROWS<T> + rows + NB<T>) * (rows < BLOCK ? rows : BLOCK);
@@ -125,11 +140,11 @@ class GeneralFront {
       }
       const int64_t found = next - J;
       if (next < k) {
-        update(P + next + J * m, Q + next + J * m, m, m - next, k - next, found, P + next + next * m, m, false, memory);
-        update(Q + next + J * m, P + next + J * m, m, m - next, k - next, found, Q + next + next * m, m, false, memory);
+        subtract(P + next + J * m, Q + next + J * m, m - next, k - next, found, P + next + next * m, m, false);
+        subtract(Q + next + J * m, P + next + J * m, m - next, k - next, found, Q + next + next * m, m, false);
       }
-      update(P + k + J * m, Q + k + J * m, m, u, u, found, C, u, J == 0, memory);
-      update(Q + k + J * m, P + k + J * m, m, u, u, found, D, u, J == 0, memory);
+      subtract(P + k + J * m, Q + k + J * m, u, u, found, C, u, J == 0);
+      subtract(Q + k + J * m, P + k + J * m, u, u, found, D, u, J == 0);
     }
   }
 
@@ -140,6 +155,24 @@ class GeneralFront {
   }
   void note(R size) {
     if (!(size <= report.growth)) report.growth = size;
+  }
+
+  // C[rows, columns] -= A * conj(B)^T on and below the diagonal.
+  void subtract(const T* A, const T* B, int64_t height, int64_t width, int64_t depth, T* C, int64_t ldc, bool fresh) {
+    if (!sharing || depth < 8 || !height || !width) return update(A, B, m, height, width, depth, C, ldc, fresh, memory);
+    const Packed<T> packed = packed_in(memory, height, depth);
+    in_pieces(sharing, 0, height, SHARE, [&](int64_t i, int64_t end) {
+      pack(A + i, m, end - i, depth, TILE_ROWS<T>, const_cast<T*>(packed.rows) + i * depth);
+      if (i < width)
+        pack(B + i, m, (end < width ? end : width) - i, depth, NB<T>, const_cast<T*>(packed.columns) + i * depth);
+    });
+    in_pieces(sharing, 0, width, SHARE / 5,
+              [&](int64_t j, int64_t end) { update_packed(packed, j, end, C, ldc, fresh); });
+  }
+
+  // Rows count .. below, counted from the first of the block, become A L^-H.
+  void solve_below(T* A, const T* L, int64_t count, int64_t below) {
+    in_pieces(sharing, count, below, SHARE, [&](int64_t i, int64_t end) { solve_rows(A, L, count, m, i, end); });
   }
 
   // What `natural` changes before it may fail: columns J .. J + count of P, their diagonal block in Q.
@@ -159,7 +192,7 @@ class GeneralFront {
     T *p = P + J + J * m, *q = Q + J + J * m;
     const int64_t below = m - J;
     if (!factor_block(p, q, count, m)) return false;
-    solve_rows(p, q, count, m, count, below);
+    solve_below(p, q, count, below);
     R most = 0;
     for (int64_t j = 0; j < count; j++) {
       const R size = largest(p + j + 1 + j * m, below - j - 1);
@@ -167,7 +200,7 @@ class GeneralFront {
     }
     if (!(most <= R(1 / ACCEPTED))) return false;
     if (!(double(most) <= report.multiplier)) report.multiplier = most;
-    solve_rows(q, p, count, m, count, below);
+    solve_below(q, p, count, below);
     finish(J, count);
     return true;
   }
@@ -195,7 +228,7 @@ class GeneralFront {
       for (int64_t c = r + 1; c < end; c++) Q[c + r * m] = conj(P[r + c * m]);
       P[r + r * m] = T(R(1));
     }
-    solve_rows(Q + J + J * m, P + J + J * m, end - J, m, end - J, m - J);
+    solve_below(Q + J + J * m, P + J + J * m, end - J, m - J);
     finish(J, end - J);
   }
 
@@ -237,11 +270,11 @@ class GeneralFront {
     Q[j + j * m] = conj(inv);
     T* l = P + j * m;
     for (int64_t i = j + 1; i < m; i++) l[i] = inv * l[i];
-    for (int64_t c = j + 1; c < end; c++) subtract(l + j + 1, P[j + c * m], P + j + 1 + c * m, m - j - 1);
+    for (int64_t c = j + 1; c < end; c++) subtract_column(l + j + 1, P[j + c * m], P + j + 1 + c * m, m - j - 1);
   }
 
   // y -= a x
-  static void subtract(const T* x, T a, T* y, int64_t count) {
+  static void subtract_column(const T* x, T a, T* y, int64_t count) {
     const V<T> v = broadcast(a);
     int64_t i = 0;
     for (; i + W<T> <= count; i += W<T>) store(y + i, load(y + i) - load(x + i) * v);
@@ -276,13 +309,16 @@ class GeneralFront {
 
 template <class T>
 void factorize_unsymmetric(const Tree& t, const Scatter& entries, const Unsymmetric& f, int32_t begin, int32_t end,
-                           const Scratch* scratch, Report& report) {
+                           const Scratch* scratch, Report& report, const Sharing* threads) {
   const T* A = static_cast<const T*>(f.A);
   for (int32_t s = begin; s < end; s++) {
     const Front<T> lower(t, f.lower, s, scratch[0]), upper(t, f.upper, s, scratch[1]);
+    const Sharing* const sharing = W<T> > 1 && lower.m >= SHARED_FROM ? threads : nullptr;
     auto assemble = [&] {
-      lower.begin_panel(0, lower.k);
-      upper.begin_panel(0, upper.k);
+      in_pieces(sharing, 0, lower.k, SHARE / 5, [&](int64_t j, int64_t last) {
+        lower.begin_panel(j, last);
+        upper.begin_panel(j, last);
+      });
       for (int64_t e = entries.begin[s]; e < entries.begin[s + 1]; e++) {
         const int32_t slot = entries.slot[e];
         if (slot >= 0) lower.P[entries.target[e]] += A[slot];
@@ -291,10 +327,12 @@ void factorize_unsymmetric(const Tree& t, const Scatter& entries, const Unsymmet
     };
     assemble();
     GeneralFront<T>(lower.P, upper.P, lower.m, lower.k, f.rows + t.first[s], f.columns + t.first[s],
-                    static_cast<T*>(scratch[0].pack), t.first[s], report)
+                    static_cast<T*>(scratch[0].pack), t.first[s], report, sharing)
         .factor(lower.U, upper.U, assemble);
-    lower.finish_rest(0, lower.u);
-    upper.finish_rest(0, upper.u);
+    in_pieces(sharing, 0, lower.u, SHARE / 5, [&](int64_t j, int64_t last) {
+      lower.finish_rest(j, last);
+      upper.finish_rest(j, last);
+    });
   }
 }
 
