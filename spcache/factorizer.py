@@ -33,7 +33,7 @@ __all__ = ["Factorizer"]
 # Values further from symmetric than this share of the largest entry are not what the kind says.
 _ASYMMETRY = 1e-4
 
-# After so many factorizations in a row that pivots inside of fronts could not be trusted with, they are not tried again.
+# After so many factorizations in a row for which pivots inside of fronts did not do, they are not tried again.
 _DISTRUST = 3
 
 # kind -> (name, permutation): orderings that need not be computed again

@@ -189,9 +189,7 @@ def test_sequence(name, kind):
             assert (stats.analyses, stats.factorizations, stats.solves, stats.reuses) == (1, k + 1, 2 * k + 2, 0)
     if kind == "auto":
         assert stats.analyses <= 2
-    elif kind == "own" and SEQUENCES[name] == "symmetric":  # only the interior point's last step needs other pairs
-        assert stats.refactorizations == k and stats.repivots == ("ipm" in name)
-    elif stats.engine == "lu":  # as L D L^H
+    elif stats.engine in ("ldl", "lu"):  # only the interior point's last step needs other pairs
         assert stats.refactorizations == k and stats.repivots == ("ipm" in name)
     else:  # each begins with the pivots of the one before; the interior point's last steps need others
         assert stats.refactorizations + stats.repivots == k

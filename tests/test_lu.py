@@ -245,7 +245,9 @@ def test_permuted_rows(dtype):
     """Nothing large on the diagonal: one analysis with rows matched, which stays when values change a little."""
     problem = convection(30, dtype=dtype)
     rows = torch.from_numpy(np.random.default_rng(1).permutation(problem.n))
-    moved = Problem(problem.case, problem.n, torch.stack([rows[problem.indices[0]], problem.indices[1]]), problem.values)
+    moved = Problem(
+        problem.case, problem.n, torch.stack([rows[problem.indices[0]], problem.indices[1]]), problem.values
+    )
     system = moved.system()
     for k in range(3):
         values = moved.values[0] * (1 + 0.1 * k)
@@ -449,7 +451,10 @@ def test_the_engine_follows_predicted_work():
     tree, own = torch.stack([k, k // 2]), torch.stack([k, k])
     indices = torch.cat([tree, tree.flip(0), own], 1)
     general = find_case("general")
-    assert engine_of(Problem(general, n, indices, torch.cat([torch.ones(2 * n), 9 * torch.ones(n)]).double()[None])) == "klu"
+    assert (
+        engine_of(Problem(general, n, indices, torch.cat([torch.ones(2 * n), 9 * torch.ones(n)]).double()[None]))
+        == "klu"
+    )
     lower = grid.indices[:, grid.indices[0] >= grid.indices[1]]
     assert engine_of(Problem(general, grid.n, lower, torch.rand(1, lower.shape[1]).double() + 1)) == "klu"
 
@@ -475,7 +480,9 @@ def test_wrong_arguments():
         lu.analyze(Structure(3, structure.indptr, structure.indices, True), "natural")
 
     def symbolic(rows=good, slots=good, perm=good):
-        return _lu.Symbolic(structure.indptr, structure.indices, rows, structure.indptr, structure.indices, slots, perm, 0)
+        return _lu.Symbolic(
+            structure.indptr, structure.indices, rows, structure.indptr, structure.indices, slots, perm, 0
+        )
 
     assert symbolic().perm.tolist() == [0, 1, 2]
     for wrong in ({"rows": good[:2]}, {"rows": np.zeros(3, np.int32)}, {"perm": good + 1}):

@@ -129,7 +129,13 @@ class SymbolicFactor:
             slots = np.arange(len(structure.indices), dtype=np.int32)
             expanded = structure.indptr, structure.indices, slots
         self._native = _ldl.Symbolic(
-            structure.indptr, structure.indices, expanded[0], expanded[1], expanded[2], permutation, multifrontal.level()
+            structure.indptr,
+            structure.indices,
+            expanded[0],
+            expanded[1],
+            expanded[2],
+            permutation,
+            multifrontal.level(),
         )
         self._paired = expanded[0] is not structure.indptr
         self.nnz: int = self._native.nnz

@@ -1,8 +1,8 @@
 """The LU engine: large general matrices on the structure of A + A^T; our own kernels.
 
-Tree, schedules and memory are those of a Cholesky factorization, with two panels for each front. Pivots are the diagonal
-where that is stable; rows and columns are exchanged inside of fronts only, what cannot be done there shows in a report,
-and solves are refined. Where the diagonal does not serve, a row matching found from values takes its place.
+Tree, schedules and memory are those of a Cholesky factorization, with two panels for each front. Pivots are the
+diagonal where that is stable; rows and columns are exchanged inside of fronts only, what cannot be done there shows in
+a report, and solves are refined. Where the diagonal does not serve, a row matching found from values takes its place.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def pays(flops: float, nnz: int, share: float) -> bool:
     """Whether it will be faster than KLU.
 
     Args:
-        flops, nnz: operations and entries of a factor, as AMD predicts them for the blocks of the block triangular form.
+        flops, nnz: operations and entries of KLU's factor, as AMD predicts them for its blocks.
         share: of the rows that the largest block has. The other blocks cost KLU little, but here they cause fill.
     """
     return share >= 0.5 and flops >= max(_FROM_FLOPS, _FROM_INTENSITY * nnz)
