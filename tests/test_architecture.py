@@ -33,6 +33,7 @@ LEVELS = [
     ["pattern", "config"],
     ["engines"],
     ["engines.ldl", "engines.lu"],
+    ["engines.pivoted"],
     ["engines.multifrontal", "engines.klu", "engines.cudss"],
     [
         "memory",
@@ -59,6 +60,7 @@ NATIVE = {  # module -> who may import it
         "engines.klu",
         "engines.ldl",
         "engines.lu",
+        "engines.pivoted",
         "engines.multifrontal",
     ],
     "_normal": ["least_squares"],

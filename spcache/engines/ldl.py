@@ -7,20 +7,17 @@ values whose diagonal does not serve, keeps such pairs in one front.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from .._pattern import Assembly, compress
 from . import _ldl, multifrontal
-from .protocol import Failure, Structure
+from .pivoted import Plan, Status, assembly
+from .protocol import Structure
 
 __all__ = ["ORDERINGS", "Storage", "SymbolicFactor", "analyze", "assembly", "magnitudes", "pairing", "variant"]
 
 ORDERINGS = multifrontal.ORDERINGS
 variant = multifrontal.variant
-
-_REASONS = ("", "singular", "untrusted")
 
 
 def analyze(
@@ -79,13 +76,6 @@ def _expanded(structure: Structure, small: Structure, members: np.ndarray) -> tu
     return indptr, indices, slots[: len(own)].copy()
 
 
-def assembly(
-    nnz: int, slots: np.ndarray, sources: np.ndarray, roles: np.ndarray, weight: float, hermitian: bool
-) -> Assembly:
-    """How COO values add up to the lower triangle; the same for every plan of a structure."""
-    return Assembly(nnz, slots, sources, roles, 1, None, None, weight, hermitian)
-
-
 def magnitudes(assembly: Assembly, values: int, nnz: int, dtype: int, structure: Structure) -> np.ndarray:
     """[nnz of the structure; float64] sizes of the entries of the lower triangle for values [nnz] at an address."""
     return _ldl.magnitudes(assembly, values, nnz, dtype, len(structure.indices))
@@ -112,7 +102,7 @@ def pairing(structure: Structure, sizes: np.ndarray, always: bool = False) -> np
     return None if partner is None or (partner == np.arange(structure.n)).all() else partner
 
 
-class SymbolicFactor:
+class SymbolicFactor(Plan):
     """Assembly tree, memory plan and entry positions; see `protocol.SymbolicFactor`."""
 
     engine = "ldl"
@@ -124,11 +114,10 @@ class SymbolicFactor:
         permutation: np.ndarray,
         expanded: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
     ):
-        self.ordering = ordering
         if expanded is None:
             slots = np.arange(len(structure.indices), dtype=np.int32)
             expanded = structure.indptr, structure.indices, slots
-        self._native = _ldl.Symbolic(
+        native = _ldl.Symbolic(
             structure.indptr,
             structure.indices,
             expanded[0],
@@ -137,39 +126,13 @@ class SymbolicFactor:
             permutation,
             multifrontal.level(),
         )
-        self._paired = expanded[0] is not structure.indptr
-        self.nnz: int = self._native.nnz
-        self.flops: float = self._native.flops
-
-    @property
-    def nbytes(self) -> int:
-        return self._native.nbytes
-
-    @property
-    def permutation(self) -> np.ndarray | None:
-        """[n; int32] original index of each pivot; None where pairs were kept together."""
-        return None if self._paired else self._native.perm
-
-    def assembly(
-        self, nnz: int, slots: np.ndarray, sources: np.ndarray, roles: np.ndarray, weight: float, hermitian: bool
-    ) -> Assembly:
-        return assembly(nnz, slots, sources, roles, weight, hermitian)
+        super().__init__(native, ordering, expanded[0] is not structure.indptr)
+        self.nnz: int = native.nnz
+        self.flops: float = native.flops
 
     def storage(self, dtype: int, batch: int) -> Storage:
         return Storage(self._native, dtype, batch)
 
-    def trim(self) -> None:
-        self._native.trim()
 
-
-class Storage(_ldl.Storage):
+class Storage(Status, _ldl.Storage):
     """Panels of all supernodes, the scaled matrices; see `protocol.Storage`."""
-
-    refactorized = True  # pivots are chosen inside fronts, whose structure never changes
-    repivots = 0
-
-    def failures(self) -> Sequence[Failure | None] | None:
-        columns = self.failed_columns()
-        if columns is None:
-            return None
-        return [None if c < 0 else Failure(c, _REASONS[v]) for c, v in zip(columns, self.verdicts(), strict=True)]

@@ -7,13 +7,12 @@ a report, and solves are refined. Where the diagonal does not serve, a row match
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from .._pattern import Assembly, compress
 from . import _lu, multifrontal
-from .protocol import Failure, Permutation, Structure
+from .pivoted import Plan, Status, assembly
+from .protocol import Permutation, Structure
 
 __all__ = [
     "ORDERINGS", "Storage", "SymbolicFactor", "analyze", "assembly", "in_question", "magnitudes", "pairing", "pays",
@@ -22,8 +21,6 @@ __all__ = [
 
 ORDERINGS = multifrontal.ORDERINGS
 variant = multifrontal.variant
-
-_REASONS = ("", "singular", "untrusted")
 
 # The diagonal serves where no entry of it is below this share of the largest entries of its row and column (of their
 # geometric mean).
@@ -85,13 +82,6 @@ def _symmetrized(structure: Structure, rows: np.ndarray) -> tuple[Structure, np.
     return Structure(n, indptr, indices, True), slots
 
 
-def assembly(
-    nnz: int, slots: np.ndarray, sources: np.ndarray, roles: np.ndarray, weight: float, hermitian: bool
-) -> Assembly:
-    """How COO values add up to the canonical entries; the same for every plan of a structure."""
-    return Assembly(nnz, slots, sources, roles, 1, None, None, weight, hermitian)
-
-
 def magnitudes(assembly: Assembly, values: int, nnz: int, dtype: int, structure: Structure) -> np.ndarray:
     """[nnz of the structure; float64] sizes of its entries for values [nnz] at an address."""
     return _lu.magnitudes(assembly, values, nnz, dtype, len(structure.indices))
@@ -126,7 +116,7 @@ def pairing(structure: Structure, sizes: np.ndarray, always: bool = False) -> np
     return None if rows is None or (rows == np.arange(n)).all() else rows
 
 
-class SymbolicFactor:
+class SymbolicFactor(Plan):
     """Assembly tree, memory plan and entry positions; see `protocol.SymbolicFactor`."""
 
     engine = "lu"
@@ -140,44 +130,17 @@ class SymbolicFactor:
         lower: Structure,
         slots: np.ndarray,
     ):
-        self.ordering = ordering
-        self._native = _lu.Symbolic(
+        native = _lu.Symbolic(
             structure.indptr, structure.indices, rows, lower.indptr, lower.indices, slots, permutation,
             multifrontal.level(),
         )  # fmt: skip
-        self._matched = bool((rows != np.arange(structure.n)).any())
-        self.nnz: int = 2 * self._native.nnz - structure.n
-        self.flops: float = 2 * self._native.flops
-
-    @property
-    def nbytes(self) -> int:
-        return self._native.nbytes
-
-    @property
-    def permutation(self) -> np.ndarray | None:
-        """[n; int32] original column of each pivot; None where rows are matched by values."""
-        return None if self._matched else self._native.perm
-
-    def assembly(
-        self, nnz: int, slots: np.ndarray, sources: np.ndarray, roles: np.ndarray, weight: float, hermitian: bool
-    ) -> Assembly:
-        return assembly(nnz, slots, sources, roles, weight, hermitian)
+        super().__init__(native, ordering, bool((rows != np.arange(structure.n)).any()))
+        self.nnz: int = 2 * native.nnz - structure.n
+        self.flops: float = 2 * native.flops
 
     def storage(self, dtype: int, batch: int) -> Storage:
         return Storage(self._native, dtype, batch)
 
-    def trim(self) -> None:
-        self._native.trim()
 
-
-class Storage(_lu.Storage):
+class Storage(Status, _lu.Storage):
     """Two panels of all supernodes, the scaled matrices; see `protocol.Storage`."""
-
-    refactorized = True  # pivots are chosen inside fronts, whose structure never changes
-    repivots = 0
-
-    def failures(self) -> Sequence[Failure | None] | None:
-        columns = self.failed_columns()
-        if columns is None:
-            return None
-        return [None if c < 0 else Failure(c, _REASONS[v]) for c, v in zip(columns, self.verdicts(), strict=True)]
