@@ -254,7 +254,8 @@ def unsymmetric(mask, level, dtype, diagonal, ordering="amd", batch=2, threads=(
         broken[-1, :: max(1, len(rows) // 4)] = bad
         storage.factorize(assembly, broken.ctypes.data, len(rows), bad == 0, None, threads[-1])
         solve(storage, numbers((batch, n, 2), dtype))
-    storage.factorize(assembly, np.zeros_like(values).ctypes.data, len(rows), True)
+    zeros = np.zeros_like(values)
+    storage.factorize(assembly, zeros.ctypes.data, len(rows), True)
     assert storage.failed_columns() is not None and np.isnan(solve(storage, numbers((batch, n, 2), dtype))).all()
     plan.trim()
 
