@@ -36,6 +36,7 @@ MODULES = {
     "spcache._normal": ("src/normal.pyx", []),
     "spcache.engines._multifrontal": ("src/multifrontal.pyx", [*KERNELS, "amd", "camd", "metis"]),
     "spcache.engines._ldl": ("src/ldl.pyx", KERNELS),
+    "spcache.engines._lu": ("src/lu.pyx", KERNELS),
     "spcache.engines._klu": ("src/klu.pyx", ["klu", "btf", "amd", "colamd", "suitesparseconfig"]),
     "spcache.engines._cudss": ("src/cudss.pyx", []),  # cuDSS itself is loaded when it is needed
 }
@@ -60,7 +61,7 @@ CYTHON = {
     "wraparound": False,
 }
 INCLUDE = ["src", "src/kernels"]
-HEADER_FILES = sorted(str(file) for file in Path("src").rglob("*") if file.suffix in (".hpp", ".pxd"))
+HEADER_FILES = sorted(str(file) for file in Path("src").rglob("*") if file.suffix in (".hpp", ".pxd", ".pxi"))
 DEPENDS = [*HEADER_FILES, "setup.py"]  # a change in one of them builds everything anew
 
 

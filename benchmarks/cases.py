@@ -306,6 +306,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "grid40^3": partial(grid, 40, 40, 40, name="grid40^3"),
     "grid60^3": partial(grid, 60, 60, 60, name="grid60^3"),
     "convection1e4": partial(convection, 100, "convection1e4"),
+    "convection1e5": partial(convection, 316, "convection1e5"),
     "cvxqp1": partial(sequence, "ipm_kkt_CVXQP1_M", "cvxqp1"),
     "stokes1e4": partial(stokes, 58, 58, name="stokes1e4"),
     "control1e4": partial(control, 58, 58, name="control1e4"),
@@ -317,6 +318,7 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 LARGE = {"grid1e6", "grid60^3"}  # minutes each: only where they are named, or with --large
 HEAVY = LARGE | {"grid40^3", "stokes1e5", "control1e5", "stokes20^3"}  # minutes each for libraries without supernodes
-DENSE = HEAVY | {"grid1e5", "delaunay1e5", "grid20^3", "rod300x33", "hexahedra16^3"}  # where BLAS kernels matter
+# where BLAS kernels matter
+DENSE = HEAVY | {"grid1e5", "convection1e5", "delaunay1e5", "grid20^3", "rod300x33", "hexahedra16^3"}
 LIKE_ANOTHER = {"grid9e4"}  # only where they are named
 QUICK = ["tiny10", "batch1024x100", "grid1e3", "convection1e4"]

@@ -22,7 +22,7 @@ from .autograd import silence
 from .convention import CONJUGATED, NONE, TRANSPOSED, Convention
 from .device import DeviceFactor, DevicePool, HostFactor, Pairs, to_host
 from .dynamo import hide
-from .engines import DTYPE_CODES, Permutation, cudss, engine_for, klu, ldl
+from .engines import DTYPE_CODES, Permutation, cudss, engine_for, klu, ldl, lu
 from .errors import (
     MODIFIED,
     EngineUnavailableError,
@@ -43,7 +43,7 @@ __all__ = ["Factorizer"]
 # Values further from symmetric than this share of the largest entry are not what the kind says.
 _ASYMMETRY = 1e-4
 
-# After so many factorizations in a row that L D L^H could not be trusted with, it is not tried again.
+# After so many factorizations in a row for which pivots inside of fronts did not do, they are not tried again.
 _DISTRUST = 3
 
 # Engines that compute in double whatever the values are: rounding for them would gain nothing.
@@ -77,8 +77,9 @@ class Factorizer:
         self._kind: str = options["kind"]
         self.checks: bool = options["check"]
         self._pools: dict[Any, Pool] = {}  # kind; with a device other than the CPU, a pairing of rows, or "careful"
-        self._partner: np.ndarray | None = None  # pairing of rows that the latest values asked for
-        self._distrust = 0  # factorizations in a row that needed LU
+        self._partner: Permutation | None = None  # pairing of rows that the latest values asked for
+        self._distrust = 0  # factorizations in a row that needed KLU
+        self._general: Any = None  # the engine of general matrices, once it is chosen
         self._pairs: dict[torch.device, Pairs] = {}
         self._held: NumericFactor | None = None
         mirror = {"spd": CONJUGATED, "hermitian": CONJUGATED, "symmetric": TRANSPOSED}.get(self._kind, NONE)
@@ -89,7 +90,7 @@ class Factorizer:
         new = Factorizer(self.pattern, self.options, self.orderings, stats)
         for key, pool in list(self._pools.items()):
             new._pools[key] = pool.renewed(new.stats, WeakMethod(new._factorize_carefully))
-        new._partner = self._partner
+        new._partner, new._general = self._partner, self._general
         return new
 
     def found_orderings(self) -> Orderings:
@@ -299,60 +300,61 @@ class Factorizer:
 
     def _factorize(self, values: Tensor) -> NumericFactor:
         device = None if values.is_cpu else values.device
-        if self._kind != "auto":
-            if self._engine(device or torch.device("cpu"), self._kind) is ldl:
-                return self._factorize_indefinite(values)
-            return self._pool(self._kind, device).factorize(values, self.checks)
-        if self._looks_positive(values):
+        kind = "general" if self._kind == "auto" else self._kind
+        if self._kind == "auto" and self._looks_positive(values):
             numeric = self._pool("spd", device).factorize(values, self.checks)
             if isinstance(numeric, DeviceFactor):
                 numeric.settle()
             if numeric.failures is None:
                 return numeric
             del numeric
-        return self._pool("general", device).factorize(values, self.checks)
+        if self._engine(device or torch.device("cpu"), kind) in (ldl, lu):
+            return self._factorize_pivoted(kind, values)
+        return self._pool(kind, device).factorize(values, self.checks)
 
-    def _factorize_indefinite(self, values: Tensor) -> NumericFactor:
-        """L D L^H, rows in an order that the first values ask for. Where it cannot be trusted: with rows paired by
-        these values, and if that does not help by LU."""
+    def _factorize_pivoted(self, kind: str, values: Tensor) -> NumericFactor:
+        """L D L^H, or L U, with pivots chosen inside of fronts, rows in an order that the first values ask for. Where
+        they cannot be trusted: with rows paired by these values, and if that does not help by KLU."""
         if self._distrust >= _DISTRUST:
-            return self._pool(self._kind, None, careful=True).factorize(values, self.checks)
-        if self._partner is None and self._kind not in self._pools:
-            self._partner = self._pairing(values, 0, first=True)
-        numeric = self._pool(self._kind, None, self._partner).factorize(values, self.checks)
+            return self._pool(kind, None, careful=True).factorize(values, self.checks)
+        if self._partner is None and kind not in self._pools:
+            self._partner = self._pairing(kind, values, 0, first=True)
+        numeric = self._pool(kind, None, self._partner).factorize(values, self.checks)
         if numeric.failures is None or not self.checks:
             self._distrust = 0
             return numeric
         failed = next(e for e, f in enumerate(numeric.failures) if f is not None)
         del numeric
-        partner = self._pairing(values, failed, first=False)
-        if partner is not None and (self._partner is None or not np.array_equal(partner, self._partner)):
-            numeric = self._pool(self._kind, None, partner).factorize(values, self.checks)
+        partner = self._pairing(kind, values, failed, first=False)
+        if partner is not None and partner != self._partner:
+            numeric = self._pool(kind, None, partner).factorize(values, self.checks)
             self.stats.repivots += numeric.storage.batch
             if numeric.failures is None:
-                self._pools.pop(_key(self._kind, self._partner), None)
+                self._pools.pop(_key(kind, self._partner), None)
                 self._partner, self._distrust = partner, 0
                 return numeric
-            self._pools.pop(_key(self._kind, partner))
+            self._pools.pop(_key(kind, partner))
             del numeric
-        numeric = self._pool(self._kind, None, careful=True).factorize(values, self.checks)
+        numeric = self._pool(kind, None, careful=True).factorize(values, self.checks)
         self.stats.repivots += numeric.storage.batch
         self._distrust += numeric.failures is None
         return numeric
 
-    def _pairing(self, values: Tensor, e: int, first: bool) -> np.ndarray | None:
-        """Pairs of rows by the e-th matrix of a batch, as `ldl.pairing`; first of all, as `ldl.arrangement`."""
+    def _pairing(self, kind: str, values: Tensor, e: int, first: bool) -> Permutation | None:
+        """Pairs of rows by the e-th matrix of a batch, as `ldl.pairing` and `lu.pairing`; first of all, as their
+        `arrangement`."""
         start = perf_counter()
-        contributions = self._contributions(self._kind, True)
+        engine = self._engine(torch.device("cpu"), kind)
+        contributions = self._contributions(kind, True)
         address, dtype = next(islice(_matrices(values), e, None))
-        structure, assembly = contributions.structure, self._assembly_of(ldl, self._kind, contributions)
+        structure, assembly = contributions.structure, self._assembly_of(engine, kind, contributions)
         what = assembly, address, self.pattern.nnz, dtype
         if first:
-            partner = ldl.arrangement(structure, *what, *self._ordering(self._kind))
+            partner = engine.arrangement(structure, *what, *self._ordering(kind))
         else:
-            partner = ldl.pairing(structure, ldl.magnitudes(*what, structure))
+            partner = engine.pairing(structure, engine.magnitudes(*what, structure))
         self.stats.seconds["analyze"] += perf_counter() - start
-        return partner
+        return None if partner is None else Permutation(partner)
 
     def _ordering(self, kind: str) -> tuple[Any, ...]:
         """The ordering's name, and its permutation where that is known."""
@@ -361,8 +363,8 @@ class Factorizer:
         return self.orderings.get(kind, named)
 
     def _factorize_carefully(self, values: Tensor, stalled: NumericFactor) -> NumericFactor:
-        """The factor of values for which refinement has stalled: in working precision, or LU with pivots chosen for
-        them, or an error."""
+        """The factor of values for which refinement has stalled: in working precision, or KLU with pivots chosen
+        for them, or an error."""
         self.stats.repivots += stalled.storage.batch
         if isinstance(stalled, MixedFactor):
             numeric = stalled.in_working_precision(values, self.checks)
@@ -378,10 +380,10 @@ class Factorizer:
         return numeric
 
     def _pool(
-        self, kind: str, device: torch.device | None, partner: np.ndarray | None = None, careful: bool = False
+        self, kind: str, device: torch.device | None, partner: Permutation | None = None, careful: bool = False
     ) -> Pool:
         """The pool that serves a kind other than "auto"; its plan comes from the plan cache or is analyzed now. Without
-        a device: of the CPU. With a pairing of rows: LDL^H; careful: LU, whatever the kind."""
+        a device: of the CPU. With a pairing of rows: LDL^H or LU; careful: KLU, whatever the kind."""
         key: Any = ("careful", kind) if careful else _key(kind, partner) if device is None else (kind, device)
         pool = self._pools.get(key)
         if pool is None:
@@ -410,12 +412,12 @@ class Factorizer:
                 )
             where: tuple[Any, ...] = (kind, device) if on_device else ()
             if partner is not None:
-                where = (partner,) if len(named) > 1 else (None, partner)
+                where = (partner.pivots,) if len(named) > 1 else (None, partner.pivots)
 
             def analyze() -> Any:
                 return engine.analyze(structure, *named, *where)
 
-            paired = where if partner is None else (partner.tobytes(),)
+            paired = where if partner is None else (partner,)
             plan, found = plan_cache.find((engine.__name__, engine.variant(), structure, ordering, *paired), analyze)
             assembly = self._assembly_of(plan, kind, contributions)
             if on_device:
@@ -441,7 +443,24 @@ class Factorizer:
         )  # fmt: skip
 
     def _engine(self, device: torch.device, kind: str) -> Any:
-        return engine_for(device.type, kind)
+        if kind != "general" or device.type != "cpu":
+            return engine_for(device.type, kind)
+        if self._general is None:
+            self._general = self._chosen()
+        return self._general
+
+    def _chosen(self) -> Any:
+        """The engine of general matrices on the CPU, by structure and predicted work; see `lu.pays`."""
+        ordering, structure = self.options["ordering"], self.pattern.stored.structure
+        if not lu.in_question(structure.n, ordering):
+            return klu
+        start = perf_counter()
+        key = (klu.__name__, klu.variant(), structure, "auto")
+        plan, found = plan_cache.find(key, lambda: klu.analyze(structure, "auto"))
+        engine = lu if lu.pays(plan.flops, plan.nnz, plan.largest_block / structure.n) else klu
+        self.stats.analyses += engine is klu and ordering == "auto" and not found
+        self.stats.seconds["analyze"] += perf_counter() - start
+        return engine
 
     def _contributions(self, kind: str, triangle: bool) -> Contributions:
         """triangle: the engine takes one of every symmetric matrix."""
@@ -607,8 +626,8 @@ def _matrices(values: Tensor) -> Iterator[tuple[int, int]]:
         yield values.data_ptr() + e * stride, dtype
 
 
-def _key(kind: str, partner: np.ndarray | None) -> Any:
-    return kind if partner is None else (kind, partner.tobytes())
+def _key(kind: str, partner: Permutation | None) -> Any:
+    return kind if partner is None else (kind, partner)
 
 
 def _batch_index(e: int, batch_shape: torch.Size) -> tuple[int, ...]:

@@ -44,6 +44,7 @@ cdef extern from "kernels/klu.hpp" namespace "spcache" nogil:
     cdef cppclass Analysis:
         int64_t n, rank, nnz
         double flops
+        int64_t largest_block
         Factors* factors(Dtype, int64_t batch) except +
         Analysis* widened(int* status) except +
         int64_t nbytes()

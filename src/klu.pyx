@@ -112,6 +112,11 @@ cdef class Symbolic:
         return self.first.get().flops if self.first.get().flops >= 0 else NAN
 
     @property
+    def largest_block(self):
+        """Rows of the largest block of the block triangular form."""
+        return self.first.get().largest_block
+
+    @property
     def nbytes(self):
         """Memory of the plan and of idle scratch."""
         cdef int64_t total = self.first.get().nbytes() + (self.wide.get().nbytes() if self.wide.get() != NULL else 0)

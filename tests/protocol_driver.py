@@ -15,16 +15,19 @@ NUMPY = dict(zip(DTYPES, (np.float32, np.float64, np.complex64, np.complex128), 
 class Driver:
     """The plan of one problem and its assembly.
 
+    Args:
+        engine: that of the table, unless another one is given.
+
     Attributes:
         matrices: dense, [batch, n, n]; the problem has one batch dimension.
         values: the same as the caller stores them, [batch, nnz].
     """
 
-    def __init__(self, problem: Problem, ordering: str = "auto", kind: str | None = None):
+    def __init__(self, problem: Problem, ordering: str = "auto", kind: str | None = None, engine=None):
         kind = kind or problem.case.kind
         self.problem, self.n = problem, problem.n
         self.dtype = problem.case.dtype
-        self.engine = engine_for("cpu", kind)
+        self.engine = engine or engine_for("cpu", kind)
         pattern = Pattern(problem.indices, problem.n, problem.n)
         parts = {"general": "stored"}
         self.contributions = getattr(pattern, parts.get(kind, "lower"))

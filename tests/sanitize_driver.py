@@ -31,7 +31,7 @@ def load(name):
 
 
 pattern, multifrontal, klu = load("_pattern"), load("engines._multifrontal"), load("engines._klu")
-ldl = load("engines._ldl")
+ldl, lu = load("engines._ldl"), load("engines._lu")
 
 
 def numbers(size, dtype):
@@ -218,6 +218,61 @@ def test_indefinite():
     indefinite(random_mask(50, 1.0, True), best if not simd else levels[0], np.complex64, True, batch=300, threads=(3,))
 
 
+# --- LU ----------------------------------------------------------------------------------------------------------------------
+
+
+def unsymmetric(mask, level, dtype, diagonal, ordering="amd", batch=2, threads=(1,)):
+    """Random numbers at these places, more of it on the diagonal; rows matched by the first matrix."""
+    n = len(mask)
+    A = (numbers((batch, n, n), dtype) * mask + diagonal * np.eye(n)).astype(dtype)
+    rows, columns = entries(mask)
+    indptr, indices, slots = pattern.compress(rows, columns, n, n)
+    sources, direct = np.arange(len(rows), dtype=np.int32), np.full(len(rows), DIRECT, np.uint8)
+    assembly = pattern.Assembly(len(rows), slots, sources, direct, 1, None, None, 1.0, False)
+    values, code = gather(A, rows, columns), DTYPES.index(dtype)
+    sizes = lu.magnitudes(assembly, values.ctypes.data, len(rows), code, len(indices))
+    row_of = lu.match(indptr, indices, np.log(sizes))
+    number = np.empty(n, np.int32)
+    number[row_of] = np.arange(n, dtype=np.int32)
+    i, j = number[indices], np.repeat(np.arange(n, dtype=np.int32), np.diff(indptr))
+    tree_indptr, tree_indices, places = pattern.compress(np.maximum(i, j), np.minimum(i, j), n, n)
+    perm = multifrontal.amd(tree_indptr, tree_indices) if ordering == "amd" else np.arange(n, dtype=np.int32)
+    plan = lu.Symbolic(indptr, indices, row_of, tree_indptr, tree_indices, places, perm, level)
+    storage = lu.Storage(plan, code, batch)
+    for count in threads:
+        storage.factorize(assembly, values.ctypes.data, len(rows), True, None, count)
+        if storage.failed_columns() is not None:
+            assert not diagonal
+            continue
+        assert storage.report(0)["growth"] > 0
+        for width, adjoint in itertools.product((1, 3, 17), (False, True)):
+            b = numbers((batch, n, width), dtype)
+            check(adjoint_of(A) if adjoint else A, solve(storage, b, adjoint=adjoint, threads=count), b)
+            solve(storage, b[[0, 0, -1]], [0, 0, batch - 1], adjoint, count)
+    for bad in (0, np.nan, np.inf, 1e-30):
+        broken = values.copy()
+        broken[-1, :: max(1, len(rows) // 4)] = bad
+        storage.factorize(assembly, broken.ctypes.data, len(rows), bad == 0, None, threads[-1])
+        solve(storage, numbers((batch, n, 2), dtype))
+    zeros = np.zeros_like(values)
+    storage.factorize(assembly, zeros.ctypes.data, len(rows), True)
+    assert storage.failed_columns() is not None and np.isnan(solve(storage, numbers((batch, n, 2), dtype))).all()
+    plan.trim()
+
+
+def test_unsymmetric():
+    simd = os.environ.get("SPCACHE_SIMD")
+    best = multifrontal.INSTRUCTION_SETS.index(multifrontal.best_simd())
+    levels = [multifrontal.INSTRUCTION_SETS.index(simd)] if simd else range(best + 1)
+    for level, dtype, diagonal in itertools.product(levels, DTYPES, (0, 30)):
+        for n in (1, 2, 3, 8, 9, 17, 50):
+            unsymmetric(random_mask(n, 1.0, False), level, dtype, diagonal, "natural")
+            unsymmetric(random_mask(n, 3 / n, False), level, dtype, diagonal)
+        unsymmetric(random_mask(164, 1.0, False), level, dtype, diagonal, "natural", 1)  # packed kernels, two windows
+    unsymmetric(random_mask(50, 1.0, False), best if not simd else levels[0], np.complex64, 0, batch=300, threads=(3,))
+    unsymmetric(random_mask(500, 1.0, False), best if not simd else levels[0], np.float32, 0, "natural", 1, (1, 2))
+
+
 # --- KLU ------------------------------------------------------------------------------------------------------------------
 
 
@@ -401,6 +456,8 @@ def test_threads():
 
 if __name__ == "__main__":
     assert "torch" not in sys.modules
-    for test in (test_entries, test_refusals, test_positive, test_indefinite, test_general, test_threads):
+    for test in (
+        test_entries, test_refusals, test_positive, test_indefinite, test_unsymmetric, test_general, test_threads,
+    ):  # fmt: skip
         test()
         print(f"{test.__name__}: passed", flush=True)

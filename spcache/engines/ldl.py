@@ -8,13 +8,12 @@ do. If that does not help, or no longer, a pairing of rows keeps pairs with larg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from .._pattern import Assembly, compress, workers
-from . import _ldl, _multifrontal, multifrontal
-from .protocol import Failure, Structure
+from . import _ldl, multifrontal
+from .pivoted import Plan, Status, assembly
+from .protocol import Structure
 
 __all__ = [
     "ORDERINGS",
@@ -33,7 +32,6 @@ _ldl.use_workers(workers())
 ORDERINGS = multifrontal.ORDERINGS
 variant = multifrontal.variant
 
-_REASONS = ("", "singular", "untrusted")
 _WEAK = 0.01  # an entry of the diagonal below so much of the largest of its row asks for a trial
 _TRIALS = 12
 
@@ -95,13 +93,6 @@ def _expanded(structure: Structure, small: Structure, members: np.ndarray) -> tu
     rows, columns = np.concatenate([structure.indices, more.max(0)]), np.concatenate([own, more.min(0)])
     indptr, indices, slots = compress(rows.astype(np.int32), columns.astype(np.int32), structure.n, structure.n)
     return indptr, indices, slots[: len(own)].copy()
-
-
-def assembly(
-    nnz: int, slots: np.ndarray, sources: np.ndarray, roles: np.ndarray, weight: float, hermitian: bool
-) -> Assembly:
-    """How COO values add up to the lower triangle; the same for every plan of a structure."""
-    return Assembly(nnz, slots, sources, roles, 1, None, None, weight, hermitian)
 
 
 def magnitudes(assembly: Assembly, values: int, nnz: int, dtype: int, structure: Structure) -> np.ndarray:
@@ -172,16 +163,7 @@ def pairing(structure: Structure, sizes: np.ndarray) -> np.ndarray | None:
     return None if partner is None or (partner == np.arange(structure.n)).all() else partner
 
 
-def _level() -> int:
-    """The number of the instruction set of the kernels."""
-    sets, best, simd = _multifrontal.INSTRUCTION_SETS, _multifrontal.best_simd(), variant()
-    available = sets[: sets.index(best) + 1]
-    if simd not in available:
-        raise ValueError(f"SPCACHE_SIMD must be one of {', '.join(available)} on this processor, got {simd!r}")
-    return available.index(simd)
-
-
-class SymbolicFactor:
+class SymbolicFactor(Plan):
     """Assembly tree, memory plan and entry positions; see `protocol.SymbolicFactor`."""
 
     engine = "ldl"
@@ -194,51 +176,30 @@ class SymbolicFactor:
         expanded: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
         moved: bool = False,
     ):
-        self.ordering = ordering
         if expanded is None:
             slots = np.arange(len(structure.indices), dtype=np.int32)
             expanded = structure.indptr, structure.indices, slots
-        self._native = _ldl.Symbolic(
-            structure.indptr, structure.indices, expanded[0], expanded[1], expanded[2], permutation, _level()
+        native = _ldl.Symbolic(
+            structure.indptr,
+            structure.indices,
+            expanded[0],
+            expanded[1],
+            expanded[2],
+            permutation,
+            multifrontal.level(),
         )
-        self._moved = moved or expanded[0] is not structure.indptr
-        self.nnz: int = self._native.nnz
-        self.flops: float = self._native.flops
-
-    @property
-    def nbytes(self) -> int:
-        return self._native.nbytes
-
-    @property
-    def permutation(self) -> np.ndarray | None:
-        """[n; int32] original index of each pivot; None where rows were moved to suit their values."""
-        return None if self._moved else self._native.perm
+        super().__init__(native, ordering, moved or expanded[0] is not structure.indptr)
+        self.nnz: int = native.nnz
+        self.flops: float = native.flops
 
     def lift(self, left_out: np.ndarray, steps: int) -> np.ndarray | None:
         """[n; int32] the order of elimination with rows of left_out [n; bool] in fronts so many steps further up; None
         where all of them are in roots."""
         return self._native.lift(left_out, steps)
 
-    def assembly(
-        self, nnz: int, slots: np.ndarray, sources: np.ndarray, roles: np.ndarray, weight: float, hermitian: bool
-    ) -> Assembly:
-        return assembly(nnz, slots, sources, roles, weight, hermitian)
-
     def storage(self, dtype: int, batch: int) -> Storage:
         return Storage(self._native, dtype, batch)
 
-    def trim(self) -> None:
-        self._native.trim()
 
-
-class Storage(_ldl.Storage):
+class Storage(Status, _ldl.Storage):
     """Panels of all supernodes, the scaled matrices; see `protocol.Storage`."""
-
-    refactorized = True  # pivots are chosen inside fronts, whose structure never changes
-    repivots = 0
-
-    def failures(self) -> Sequence[Failure | None] | None:
-        columns = self.failed_columns()
-        if columns is None:
-            return None
-        return [None if c < 0 else Failure(c, _REASONS[v]) for c, v in zip(columns, self.verdicts(), strict=True)]

@@ -43,6 +43,14 @@ def instruction_sets() -> tuple[tuple[str, ...], str]:
     return sets[: sets.index(_multifrontal.best_simd()) + 1], _multifrontal.BASELINE
 
 
+def level() -> int:
+    """The number of the instruction set of the kernels."""
+    simd, available = variant(), instruction_sets()[0]
+    if simd not in available:
+        raise ValueError(f"SPCACHE_SIMD must be one of {', '.join(available)} on this processor, got {simd!r}")
+    return available.index(simd)
+
+
 def _metis(structure: Structure) -> np.ndarray:
     """Nested dissection: METIS finds the separators, CAMD orders inside of the parts."""
     with _metis_lock:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -62,19 +62,23 @@ class Structure:
 
 @dataclass(frozen=True, eq=False)
 class Permutation:
-    """An ordering that the caller gives. Compared exactly.
+    """An ordering that the caller gives, or a pairing of rows. Compared exactly.
 
     Attributes:
-        pivots: [n; int32] original index of each pivot.
+        pivots: [n; int32] original index of each pivot; who goes with each row or column.
     """
 
     pivots: np.ndarray
+    _hash: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", zlib.crc32(self.pivots.data))
 
     def __hash__(self) -> int:
-        return zlib.crc32(self.pivots.data)
+        return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Permutation) and np.array_equal(self.pivots, other.pivots)
+        return isinstance(other, Permutation) and (self is other or np.array_equal(self.pivots, other.pivots))
 
 
 @dataclass(frozen=True)

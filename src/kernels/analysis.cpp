@@ -401,7 +401,7 @@ Plan::Plan(const Elimination& a) : prediction(a.prediction), n(a.n) {
 
 Tree Plan::tree() const {
   return {n,           supernodes,    perm.data(),  first.data(),    row.data(), rows.data(),
-          panel.data(), child.data(), children.data(), parent.data(), relative.data(), run.data(), runs.data()};
+          panel.data(), child.data(), children.data(), parent.data(), relative.data(), run.data(), runs.data(), nullptr};
 }
 
 int64_t Plan::nbytes() const {

@@ -85,10 +85,22 @@ struct Schedule {
 int64_t factorize(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const Assembly& assembly,
                   const void* values, void* factor, const Scratch* scratch, int threads);
 
-// x = A^-1 b for `width` right-hand sides on up to `threads` threads; for `local` see
+// One of the two triangular factors of a solve, a tree with its permutation and exchanges.
+struct Triangle {
+  const Tree& tree;
+  const void* factor;
+};
+
+// x = down^-H up^-1 b for `width` right-hand sides on up to `threads` threads; for `local` see
 // Kernels::solve; queue is [Schedule::queue_size()] scratch memory, or null for one thread.
-void solve(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const void* factor, const void* b, void* x,
+void solve(const Kernels& kernels, const Triangle& up, const Triangle& down, const Schedule& schedule, const void* b, void* x,
            int64_t width, void* local, int32_t* queue, int threads);
+// The same where both are one.
+inline void solve(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const void* factor, const void* b,
+                  void* x, int64_t width, void* local, int32_t* queue, int threads) {
+  const Triangle both{tree, factor};
+  solve(kernels, both, both, schedule, b, x, width, local, queue, threads);
+}
 
 // So many matrices, or right-hand sides, that lie one after the other.
 struct Batch {

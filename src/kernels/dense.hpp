@@ -26,7 +26,7 @@ template <class T> constexpr int NB = INTERLEAVED<T> ? 3 : COMPLEX<T> && TILE_CO
 template <class T>
 struct Diagonal {
   T lower[8][8];
-  Real<T> reciprocal[8];
+  T reciprocal[8];
 };
 
 // C[rows, NR] -= A[rows, depth] * conj(B[NR, depth])^T; `rows` fills MV vectors but for the lanes missing in the last.
@@ -64,7 +64,7 @@ inline __attribute__((always_inline)) void tile(const T* A, int64_t lda, const T
     if constexpr (SOLVE)
       UNROLL for (int c = 0; c < NR; c++) {
         UNROLL for (int p = 0; p < c; p++) subtract_product(sum[v][c], sum[v][p], broadcast(conj(diagonal->lower[c][p])));
-        sum[v][c] = broadcast(T(diagonal->reciprocal[c])) * sum[v][c];
+        sum[v][c] = broadcast(diagonal->reciprocal[c]) * sum[v][c];
       }
     UNROLL for (int c = 0; c < NR; c++) {
       if (part) store_part(C + c * ldc + v * w, sum[v][c], last);
@@ -113,20 +113,20 @@ void update_small(const T* A, int64_t lda, int64_t rows, int64_t columns, int64_
   }
 }
 
-// The rows below a factored diagonal block: P[begin .. end, 0 .. k], given L in P[0 .. k, 0 .. k], as factor_panel does.
+// Rows begin .. end of A become A L^-H, with L in L[0 .. k, 0 .. k] and the reciprocals of its diagonal on it.
 template <class T>
-void solve_rows(T* P, int64_t k, int64_t ld, int64_t begin, int64_t end) {
+void solve_rows(T* A, const T* L, int64_t k, int64_t ld, int64_t begin, int64_t end) {
   Diagonal<T> diagonal;
   for (int64_t j = 0; j < k; j += NB<T>) {
     int nb = int(k - j < NB<T> ? k - j : NB<T>);
-    const T* D = P + j + j * ld;
+    const T* D = L + j + j * ld;
     for (int c = 0; c < nb; c++) {
-      diagonal.reciprocal[c] = real(D[c + c * ld]);
+      diagonal.reciprocal[c] = conj(D[c + c * ld]);
       for (int i = c + 1; i < nb; i++) diagonal.lower[i][c] = D[i + c * ld];
     }
     for (int64_t i = begin; i < end; i += TILE_ROWS<T>) {
       int64_t r = end - i < TILE_ROWS<T> ? end - i : TILE_ROWS<T>;
-      tile_any<T, true>(nb, P + i, ld, P + j, ld, j, P + i + j * ld, ld, r, false, &diagonal);
+      tile_any<T, true>(nb, A + i, ld, L + j, ld, j, A + i + j * ld, ld, r, false, &diagonal);
     }
   }
 }
@@ -206,7 +206,7 @@ int factor_diagonal(T* P, int64_t ld, Diagonal<T>& diagonal) {
   if (bad) return bad;
   UNROLL for (int c = 0; c < NR; c++) {
     const Real<T> scale = reciprocal_root(pivot[c]);
-    diagonal.reciprocal[c] = scale;
+    diagonal.reciprocal[c] = T(scale);
     P[c + c * ld] = T(scale);
     UNROLL for (int i = c + 1; i < NR; i++) {
       const T l = scale * a[i][c];

@@ -10,43 +10,12 @@
 #include <stdint.h>
 
 #include "multifrontal.hpp"
+#include "pivots.hpp"
 
 namespace spcache {
 
-// A pivot is stable where its multipliers are at most 1 / STABLE; in a trial one is left out beyond 1 / TOLERABLE.
-constexpr double STABLE = 0.1, TOLERABLE = 0.01;
-
-// What the pivots of one matrix were like. Merging is order-independent: no schedule changes it.
-struct Report {
-  int64_t positive = 0, negative = 0;  // eigenvalues of D by sign; of complex symmetric matrices nothing of the kind
-  int64_t replaced = 0;     // pivots that were replaced: signs of so many eigenvalues are not known
-  double growth = 0;        // largest entry met in a column that was looked at; entries of A are at most 1
-  double multiplier = 0;    // largest entry of L
-  double weakest = 1e300;   // smallest pivot
-  int32_t weak = -1;        // its pivot number (before the front chose its order)
-  int32_t empty = -1;       // the first pivot whose whole column had become zero
-  bool finite = true;
-
-  void merge(const Report& r) {
-    positive += r.positive, negative += r.negative, replaced += r.replaced;
-    growth = growth > r.growth ? growth : r.growth;
-    multiplier = multiplier > r.multiplier ? multiplier : r.multiplier;
-    weaker(r.weakest, r.weak);
-    if (r.empty >= 0 && (empty < 0 || r.empty < empty)) empty = r.empty;
-    finite &= r.finite;
-  }
-  void weaker(double size, int32_t number) {
-    if (size > weakest || (size == weakest && weak >= 0 && number >= weak)) return;
-    weakest = size, weak = number;
-  }
-};
-
-// The entries of the lower triangle, by the supernode that they are added to.
-struct Scatter {
-  const int64_t* begin;    // [supernodes + 1]
-  const int32_t* slot;     // [nnz] entry of A, or ~entry where the ordering exchanges row and column
-  const uint32_t* target;  // [nnz] place in the panel
-};
+// In a trial a pivot is left out whose multipliers are beyond 1 / TOLERABLE.
+constexpr double TOLERABLE = 0.01;
 
 // The factor of one matrix A, scaled: S A S = P L D L^H P^T.
 struct Indefinite {

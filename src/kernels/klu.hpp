@@ -119,6 +119,7 @@ class Analysis {
   int64_t unmatched;  // a column that no row is left for, -1 where rank = n
   int64_t nnz;        // entries of the factor; those of A where the ordering predicts none
   double flops;       // of one factorization, -1 where the ordering predicts none
+  int64_t largest_block;  // rows of the largest block of the block triangular form
 
   virtual ~Analysis() = default;
   virtual Factors* factors(Dtype, int64_t batch) const = 0;
@@ -150,6 +151,7 @@ class AnalysisOf final : public Analysis {
     if (!symbolic) return;
     bool predicted = ordering == 0 && !permutation;
     flops = predicted ? symbolic->est_flops : -1;
+    largest_block = symbolic->maxblock;
     nnz = predicted ? int64_t(symbolic->lnz + symbolic->unz) - n + symbolic->nzoff : int64_t(indices.size());
     if (ordering == 2 || permutation || symbolic->structural_rank < n) match();
     estimate_blocks();

@@ -32,6 +32,9 @@ struct Tree {
   const int32_t* relative;  // [row[supernodes]] the same rows as rows of the parent's front
   const int64_t* run;       // [supernodes + 1] into runs
   const Run* runs;          // [run[supernodes]] the same as stretches, listed where these are long
+  // [n] for solves: with which row of its front each pivot was exchanged, one after the other, counted from the front's
+  // first; null where none was.
+  const int32_t* exchange;
 };
 
 // Scratch memory of one thread: update matrices of its own subtrees, those that all threads see, packed blocks.

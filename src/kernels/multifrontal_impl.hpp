@@ -39,7 +39,7 @@ int64_t part(Part what, const Tree& t, void* factor, int32_t s, int64_t J, int64
   switch (what) {
     case BEGIN_PANEL: f.begin_panel(begin, end); break;
     case PIVOTS: return factor_panel(block, kb, kb, m);
-    case ROWS: solve_rows(block, kb, m, begin, end); break;
+    case ROWS: solve_rows(block, block, kb, m, begin, end); break;
     case PACK_PANEL: pack_both(block + kb, m, begin, end, A); break;
     case PACK_REST: pack_both(f.P + f.k + J * m, m, begin, end, A); break;
     case UPDATE_PANEL: update_packed(A, begin, end, f.P + next + next * m, m, false); break;

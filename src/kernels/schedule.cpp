@@ -321,23 +321,23 @@ void solve_batch(const Kernels& kernels, const Tree& tree, const Schedule& sched
   });
 }
 
-void solve(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const void* factor, const void* b, void* x,
+void solve(const Kernels& kernels, const Triangle& up, const Triangle& down, const Schedule& schedule, const void* b, void* x,
            int64_t width, void* local, int32_t* queue, int threads) {
-  if (tree.panel[tree.supernodes] < PARALLEL_SOLVE_FROM) threads = 1;
+  if (up.tree.panel[up.tree.supernodes] < PARALLEL_SOLVE_FROM) threads = 1;
   const Crew crew(threads);
   Rhs rhs{b, x, width, 0, 0};
   for (; rhs.offset < width; rhs.offset += rhs.count) {
     rhs.count = std::min<int64_t>(width - rhs.offset, kernels.lanes);
-    auto tasks = [&](bool downwards) {
+    auto tasks = [&](const Triangle& side, bool downwards) {
       run_tasks(schedule, downwards, queue, crew, [&](int32_t task, int) {
-        kernels.solve(tree, factor, rhs, downwards, schedule.tasks[task].begin, schedule.tasks[task].end, local);
+        kernels.solve(side.tree, side.factor, rhs, downwards, schedule.tasks[task].begin, schedule.tasks[task].end, local);
       });
     };
-    tasks(false);
-    for (int32_t s : schedule.top) solve_together(kernels, tree, factor, rhs, false, s, local, crew);
+    tasks(up, false);
+    for (int32_t s : schedule.top) solve_together(kernels, up.tree, up.factor, rhs, false, s, local, crew);
     for (auto s = schedule.top.rbegin(); s != schedule.top.rend(); ++s)
-      solve_together(kernels, tree, factor, rhs, true, *s, local, crew);
-    tasks(true);
+      solve_together(kernels, down.tree, down.factor, rhs, true, *s, local, crew);
+    tasks(down, true);
   }
 }
 

@@ -64,7 +64,7 @@ inline void forward_columns(const T* P, int64_t m, int64_t ld, T* w) {
   UNROLL for (int c = 0; c < C; c++) {
     y[c] = w[c];
     UNROLL for (int p = 0; p < c; p++) y[c] -= P[c + p * ld] * y[p];
-    if (!UNIT) y[c] = real(P[c + c * ld]) * y[c];
+    if (!UNIT) y[c] = P[c + c * ld] * y[c];
     w[c] = y[c];
   }
   subtract<T, C>(P, ld, y, C, m, w);
@@ -78,7 +78,7 @@ inline void backward_columns(const T* P, int64_t m, int64_t ld, T* w) {
   UNROLL for (int c = C - 1; c >= 0; c--) {
     y[c] = w[c] - y[c];
     UNROLL for (int p = C - 1; p > c; p--) y[c] -= turned<CONJUGATED>(P[p + c * ld]) * y[p];
-    if (!UNIT) y[c] = real(P[c + c * ld]) * y[c];
+    if (!UNIT) y[c] = turned<CONJUGATED>(P[c + c * ld]) * y[c];
     w[c] = y[c];
   }
 }
@@ -198,7 +198,7 @@ inline void forward_pivots(const T* L, int64_t ld, int64_t depth, const V<T>* y,
       UNROLL for (int v = 0; v < N; v++) subtract_product(x[c][v], x[p][v], l);
     }
     if constexpr (!UNIT) {
-      const Constant<T> d = broadcast(T(real(L[c + c * ld])));
+      const Constant<T> d = broadcast(L[c + c * ld]);
       UNROLL for (int v = 0; v < N; v++) x[c][v] = d * x[c][v];
     }
     UNROLL for (int v = 0; v < N; v++) w[c * N + v] = x[c][v];
@@ -222,7 +222,7 @@ inline void backward_pivots(const T* P, int64_t m, int64_t ld, V<T>* w) {
       UNROLL for (int v = 0; v < N; v++) subtract_product(x[c][v], x[p][v], l);
     }
     if constexpr (!UNIT) {
-      const Constant<T> d = broadcast(T(real(P[c + c * ld])));
+      const Constant<T> d = broadcast(turned<CONJUGATED>(P[c + c * ld]));
       UNROLL for (int v = 0; v < N; v++) x[c][v] = d * x[c][v];
     }
     UNROLL for (int v = 0; v < N; v++) w[c * N + v] = x[c][v];
@@ -322,6 +322,12 @@ struct Local {
   Row* const local;
 
   Row* rows_of(int32_t s) const { return local + (t.row[s] + t.first[s]) * N; }
+  void exchange(Row* a, Row* b) const {
+    for (int v = 0; v < N; v++) {
+      const Row z = a[v];
+      a[v] = b[v], b[v] = z;
+    }
+  }
   void gather(int32_t s) const {
     const int64_t f = t.first[s], k = t.first[s + 1] - f, m = k + t.row[s + 1] - t.row[s];
     const T* b = static_cast<const T*>(rhs.b) + rhs.offset;
@@ -336,6 +342,9 @@ struct Local {
       for (int64_t i = 0; i < count; i++)
         for (int v = 0; v < N; v++) w[to[i] * N + v] += passed[i * N + v];
     }
+    if (t.exchange)
+      for (int64_t j = 0; j < k; j++)
+        if (t.exchange[f + j] != j) exchange(w + j * N, w + t.exchange[f + j] * N);
   }
   void inherit(int32_t s) const {
     const int64_t k = t.first[s + 1] - t.first[s], u = t.row[s + 1] - t.row[s];
@@ -349,7 +358,10 @@ struct Local {
   void scatter(int32_t s) const {
     const int64_t f = t.first[s], k = t.first[s + 1] - f;
     T* x = static_cast<T*>(rhs.x) + rhs.offset;
-    const Row* w = rows_of(s);
+    Row* w = rows_of(s);
+    if (t.exchange)
+      for (int64_t j = k - 1; j >= 0; j--)
+        if (t.exchange[f + j] != j) exchange(w + j * N, w + t.exchange[f + j] * N);
     for (int64_t i = 0; i < k; i++) How::store(w + i * N, rhs.count, x + int64_t(t.perm[f + i]) * rhs.width);
   }
 };

@@ -1,0 +1,251 @@
+// Trust in factors with pivots chosen inside of fronts: refinement, a probe of it, an estimate of the condition number.
+#pragma once
+#include <float.h>
+#include <string.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <new>
+
+#include "pattern.hpp"
+#include "pivoted.hpp"
+#include "threads.hpp"
+
+namespace spcache {
+namespace {
+
+// Solves are refined unless pivots were stable and what was left of the matrix did not grow beyond this.
+constexpr double GROWTH_GOOD = 8;
+// Refinement ends at an error of so many eps: at GOOD at once, at ENOUGH where a step gains less than GAIN.
+constexpr double GAIN = 0.3, GOOD = 2, ENOUGH = 32;
+// Whether refinement succeeds is tried at once beyond this, times 1 / sqrt(eps); else solves will see.
+constexpr double GROWTH_DOUBTFUL = 1e-3;
+constexpr int MOST_STEPS = 12;
+constexpr int SCALINGS = 40;  // rounds at most
+// A smallest pivot below this (double, entries being about 1) asks for an estimate of the condition number.
+constexpr double WEAK_PIVOT = 1e-10, WEAK_PIVOT_SINGLE = 1e-5;
+
+// As `share`, for work that may run out of memory.
+template <class Work>
+void share_or_throw(int64_t count, int threads, Work work) {
+  std::atomic<bool> failed{false};
+  share(count, threads, [&](int64_t i, int thread) {
+    try {
+      work(i, thread);
+    } catch (const std::bad_alloc&) {
+      failed = true;
+    }
+  });
+  if (failed) throw std::bad_alloc();
+}
+
+template <class R> R part(R a) { return std::abs(a); }
+template <class R> R part(Complex<R> a) { return std::max(std::abs(a.re), std::abs(a.im)); }
+
+// Moves a scale factor, a power of two, half the way to where its row's or column's largest entry is 1. False where that
+// is near enough, or nothing can be done.
+inline bool balance(double& factor, double top, int limit) {
+  if (!(top > 0 && top <= DBL_MAX) || (top >= 0.25 && top < 4)) return false;
+  const int old = std::ilogb(factor), change = -std::ilogb(top) / 2;
+  const int now = std::clamp(old + (change ? change : top < 1 ? 1 : -1), -limit, limit);
+  factor = std::ldexp(1.0, now);
+  return now != old;
+}
+
+// The size of the residual of row i with sum of magnitudes `size` = (|A| |x| + |b|)_i and `row` = |A_i|; `top` is the
+// largest |x|. Where that divisor is nothing but rounding, |A_i| |x| takes its place (M. Arioli, J. W. Demmel, I. S. Duff
+// 1989, "Solving sparse linear systems with sparse backward error", doi:10.1137/0610013).
+template <class T>
+double worst_error(int64_t n, const T* r, const Real<T>* size, const Real<T>* row, Real<T> top) {
+  using R = Real<T>;
+  constexpr R EPS = std::numeric_limits<R>::epsilon();
+  double worst = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const R error = part(r[i]);
+    if (error == 0) continue;
+    const R other = row[i] * top;
+    R divisor = size[i];
+    if (divisor < R(1000) * EPS * other) divisor += other;
+    const double ratio = double(error) / double(divisor);
+    worst = ratio <= worst ? worst : ratio;
+  }
+  return worst;
+}
+
+// Factors of scaled matrices, which are kept as columns of a structure.
+template <class T, class Base = PivotedFactors>
+class PivotedOf : public Base {
+ protected:
+  using R = Real<T>;
+  static constexpr double EPS = std::numeric_limits<R>::epsilon();
+  using Base::failed, Base::refined, Base::reports, Base::verdict;
+
+  const PivotedPlan& base;
+  const std::vector<int64_t>& indptr;  // [n + 1]
+  std::unique_ptr<T[]> A;              // [batch, nnz]
+
+  PivotedOf(const PivotedPlan& plan, const std::vector<int64_t>& columns, int64_t batch)
+      : base(plan), indptr(columns), A(new T[batch * columns.back()]) {
+    failed.assign(batch, 0);
+    verdict.assign(batch, SINGULAR);
+    reports.resize(batch);
+    refined.assign(batch, 0);
+  }
+  int64_t n() const { return base.plan.n; }
+  int64_t nnz() const { return indptr.back(); }
+  int64_t stored() const { return base.plan.panel.back(); }
+  int64_t batch() const { return int64_t(failed.size()); }
+
+  // Scales the e-th matrix and factors it.
+  virtual Report factor(int64_t e, const Schedule&, PivotedWorkspace&, int threads) = 0;
+  // x = A^-1 b for the f-th scaled matrix as its factor has it, or A^-H b.
+  virtual void direct(int64_t f, const T* b, T* x, int64_t width, bool adjoint, const Schedule&, PivotedWorkspace&,
+                      int threads) const = 0;
+  // r = b - A x for column c of [n, width], A scaled. Returns the `worst_error`.
+  virtual double residual(int64_t f, const T* b, const T* x, int64_t width, int64_t c, bool adjoint, T* r, R* size,
+                          R* row) const = 0;
+  virtual double norm(int64_t e) const = 0;  // of the scaled matrix, the 1-norm
+
+  // The first column with an entry that is not finite, -1 where there is none.
+  int64_t not_finite(const T* a) const {
+    constexpr int64_t parts = sizeof(T) / sizeof(R);
+    const R* x = reinterpret_cast<const R*>(a);
+    if (all_finite(x, parts * nnz())) return -1;
+    int64_t j = 0;
+    while (all_finite(x + parts * indptr[j], parts * (indptr[j + 1] - indptr[j]))) j++;
+    return j;
+  }
+
+  void factorize_all(const Assembly& assembly, const void* values, bool check, const Schedule& schedule,
+                     PivotedWorkspace* const* work, int workspaces, int threads) {
+    share_or_throw(batch(), workspaces, [&](int64_t e, int thread) {
+      factorize(assembly, static_cast<const T*>(values) + e * assembly.nnz, check, e, schedule, *work[thread],
+                workspaces > 1 ? 1 : threads);
+    });
+  }
+
+  // Improves x, the solutions of A x = b with the scaled matrix. Returns the largest number of steps, ~ that where one of
+  // the columns is not as good as it should be.
+  int64_t refine(int64_t f, const T* b, T* x, int64_t width, bool adjoint, const Schedule& schedule,
+                 PivotedWorkspace& work, int threads) const {
+    T* const r = static_cast<T*>(work.buffer(PivotedWorkspace::REFINEMENT, n() * int64_t(3 * sizeof(T) + 2 * sizeof(R))));
+    T *const d = r + n(), *const best = d + n();
+    R *const size = reinterpret_cast<R*>(best + n()), *const row = size + n();
+    int64_t most = 0;
+    bool good = true;
+    for (int64_t c = 0; c < width; c++) {
+      double error = residual(f, b, x, width, c, adjoint, r, size, row);
+      int64_t steps = 0;
+      while (!(error <= GOOD * EPS) && steps < MOST_STEPS) {
+        for (int64_t i = 0; i < n(); i++) best[i] = x[i * width + c];
+        direct(f, r, d, 1, adjoint, schedule, work, threads);
+        for (int64_t i = 0; i < n(); i++) x[i * width + c] += d[i];
+        steps++;
+        const double now = residual(f, b, x, width, c, adjoint, r, size, row);
+        if (!(now < error)) {
+          for (int64_t i = 0; i < n(); i++) x[i * width + c] = best[i];
+          break;
+        }
+        const bool slow = now > GAIN * error, stalled = now > 0.9 * error;
+        error = now;
+        if (stalled || (slow && error <= ENOUGH * EPS)) break;
+      }
+      good &= error <= ENOUGH * EPS;
+      most = std::max(most, steps);
+    }
+    return good ? most : ~most;
+  }
+
+ private:
+  void factorize(const Assembly& assembly, const T* values, bool check, int64_t e, const Schedule& schedule,
+                 PivotedWorkspace& work, int threads) {
+    T* a = A.get() + e * nnz();
+    memset(static_cast<void*>(a), 0, sizeof(T) * size_t(nnz()));
+    assemble(assembly, 0, values, a);
+    failed[e] = not_finite(a);
+    verdict[e] = SINGULAR;
+    refined[e] = 0;
+    reports[e] = Report();
+    if (failed[e] >= 0) return;
+    Report& report = reports[e] = factor(e, schedule, work, threads);
+    auto caller = [&](int32_t number) { return number < 0 ? 0 : int64_t(base.plan.perm[number]); };
+    if (report.empty >= 0) {
+      failed[e] = caller(report.empty);
+      return;
+    }
+    if (!report.finite || !(report.growth <= std::numeric_limits<R>::max())) {
+      failed[e] = caller(report.weak);
+      verdict[e] = UNTRUSTED;
+      return;
+    }
+    refined[e] = report.replaced || report.multiplier > 1.01 / STABLE || report.growth > GROWTH_GOOD;
+    if (!check) return;
+    const bool doubtful = report.replaced || report.growth > GROWTH_DOUBTFUL / std::sqrt(EPS);
+    if (doubtful && probe(e, schedule, work, threads) < 0) {
+      failed[e] = caller(report.weak);
+      verdict[e] = UNTRUSTED;
+    } else if (report.weakest < (sizeof(R) == 4 ? WEAK_PIVOT_SINGLE : WEAK_PIVOT) &&
+               !(condition(e, schedule, work, threads) <= 1 / EPS)) {
+      failed[e] = caller(report.weak);
+    }
+  }
+
+  T* probes(PivotedWorkspace& work) const {  // three vectors
+    return static_cast<T*>(work.buffer(PivotedWorkspace::PROBE, 3 * n() * int64_t(sizeof(T))));
+  }
+
+  // Whether refinement leads to a small residual for a right-hand side that means nothing.
+  int64_t probe(int64_t e, const Schedule& schedule, PivotedWorkspace& work, int threads) const {
+    T *const b = probes(work), *const x = b + n();
+    uint32_t state = 12345;
+    for (int64_t i = 0; i < n(); i++) {
+      state = state * 1664525u + 1013904223u;
+      b[i] = T((state >> 31 ? R(1) : R(-1)) * (R(0.5) + R((state >> 8) & 0xffff) / R(65536)));
+    }
+    direct(e, b, x, 1, false, schedule, work, threads);
+    return refine(e, b, x, 1, false, schedule, work, threads);
+  }
+
+  // Estimate of the condition number of the scaled matrix in the 1-norm (W. W. Hager 1984, doi:10.1137/0905023).
+  double condition(int64_t e, const Schedule& schedule, PivotedWorkspace& work, int threads) const {
+    auto sum = [&](const T* v) {
+      double total = 0;
+      for (int64_t i = 0; i < n(); i++) total += double(abs(v[i]));
+      return total;
+    };
+    T *const x = probes(work), *const y = x + n(), *const z = y + n();
+    std::fill(x, x + n(), T(R(1) / R(n())));
+    double estimate = 0;
+    int64_t last = -1;
+    for (int round = 0; round < 5; round++) {
+      direct(e, x, y, 1, false, schedule, work, threads);
+      const double now = sum(y);
+      if (!(now <= DBL_MAX)) return std::numeric_limits<double>::infinity();
+      if (round && now <= estimate) break;
+      estimate = now;
+      for (int64_t i = 0; i < n(); i++) {
+        const R v = abs(y[i]);
+        x[i] = v > 0 ? (R(1) / v) * y[i] : T(R(1));
+      }
+      direct(e, x, z, 1, true, schedule, work, threads);
+      int64_t at = 0;
+      for (int64_t i = 1; i < n(); i++)
+        if (abs(z[i]) > abs(z[at])) at = i;
+      if (at == last) break;
+      last = at;
+      std::fill(x, x + n(), T(0));
+      x[at] = T(R(1));
+    }
+    // A vector whose entries alternate in sign and grow, for matrices that deceive the above (N. J. Higham 1988).
+    for (int64_t i = 0; i < n(); i++)
+      x[i] = T(R((i % 2 ? -1.0 : 1.0) * (1 + double(i) / double(std::max<int64_t>(n() - 1, 1)))));
+    direct(e, x, y, 1, false, schedule, work, threads);
+    const double other = 2 * sum(y) / (3 * double(n()));
+    return norm(e) * std::max(estimate, other);
+  }
+};
+
+}  // namespace
+}  // namespace spcache
