@@ -90,8 +90,8 @@ cdef class Symbolic(Pivoted):
             indefinite_baseline(<Dtype> dtype, hermitian)
 
     def lift(self, left_out, int steps):
-        """The order of elimination [n; int32] with the marked rows in fronts so many steps above their own; None where all
-        of them are in roots."""
+        """The order of elimination [n; int32] with the marked rows in fronts so many steps above their own; None where
+        all of them are in roots."""
         cdef const char[::1] marks = left_out.astype(numpy.int8)
         cdef int64_t moved
         if marks.shape[0] != self.plan.get().plan.n or steps < 1:
@@ -112,8 +112,8 @@ cdef class Storage(PivotedStorage):
                                        symbolic.kernels(dtype, False), symbolic.kernels(dtype, True)))
 
     def trial(self, assembly, uintptr_t values, int64_t nnz):
-        """[n; bool] rows of the first of values [batch, nnz] that find no tolerable pivot in their fronts; None where it is
-        not finite. The factor of the first matrix is lost."""
+        """[n; bool] rows of the first of values [batch, nnz] that find no tolerable pivot in their fronts; None where
+        it is not finite. The factor of the first matrix is lost."""
         cdef uintptr_t address = assembly.address
         cdef const CAssembly* a = <const CAssembly*> address
         cdef bool finite

@@ -143,6 +143,27 @@ def test_threads_do_not_change_bits(dtype):
     assert all(torch.equal(x, results[0]) for x in results)
 
 
+@every_level
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_threads_share_large_fronts(simd, dtype, monkeypatch):
+    """Two fronts of 560 rows; the first pivots have only zeros between them, a window of them no pivot at all."""
+    monkeypatch.setenv("SPCACHE_SIMD", simd)
+    n, both, zeros = 840, 280, 140
+    mask = np.ones((n, n), bool)
+    mask[:both, 2 * both :] = False  # the first front has the pivots up to here, and as many rows below
+    problem = indefinite(mask & mask.T, "symmetric", dtype, batch=1)
+    inside = (problem.indices < zeros).all(0)
+    problem.values[:, inside] = 0
+    driver = Driver(problem, "natural")
+    assert driver.plan._native.largest_front >= 2 * both
+    b = driver.rhs(1, n, 2)
+    storages = [driver.factorize(threads=threads) for threads in (1, 2, 3)]
+    solutions = [driver.solve(storage, b, threads=3) for storage in storages]
+    assert driver.residual(solutions[0], b) <= C
+    assert all(np.array_equal(x, solutions[0]) for x in solutions)
+    assert all(storage.report(0) == storages[0].report(0) for storage in storages)
+
+
 @every_dtype
 def test_threads_share_a_batch(dtype):
     problem = indefinite(np.random.default_rng(0).random((50, 50)) < 0.3, "hermitian", dtype, batch=200)

@@ -45,7 +45,8 @@ struct IndefiniteKernels {
   // The same for one front, in parts, as in Kernels: while w.j is less than its pivots, from PIVOTS to UPDATE_REST. A
   // window without pivots needs no updates. The bits are those of `factorize`.
   void (*assemble)(const Tree&, const Scatter&, const Indefinite&, int32_t s);
-  void (*part)(Part, const Tree&, const Indefinite&, int32_t s, Window& w, int64_t begin, int64_t end, const Scratch&, Report&);
+  void (*part)(Part, const Tree&, const Indefinite&, int32_t s, Window& w, int64_t begin, int64_t end, const Scratch&,
+               Report&);
   int64_t share;  // rows or columns of which begin is a multiple; 0: fronts are not shared
   // One phase of a solve, as in Kernels.
   void (*solve)(const Tree&, const Indefinite&, const Rhs&, bool downwards, int32_t begin, int32_t end,

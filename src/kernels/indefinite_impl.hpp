@@ -149,9 +149,11 @@ class Pivoting {
   int64_t next = 0;            // column to look at first
 
  public:
-  Pivoting(T* panel, int64_t rows, int64_t columns, int32_t* order_, T* work, int32_t first_, bool trial_, Report& report_)
+  Pivoting(T* panel, int64_t rows, int64_t columns, int32_t* order_, T* work, int32_t first_, bool trial_,
+           Report& report_)
       : P(panel), m(rows), k(columns), order(order_), Wc(work), memory(work + (BLOCK + 2 + NB<T>) * rows),
-        Z(work + (BLOCK + 2) * rows), X(work + BLOCK * rows), Y(X + rows), report(report_), first(first_), trial(trial_) {}
+        Z(work + (BLOCK + 2) * rows), X(work + BLOCK * rows), Y(X + rows), report(report_), first(first_),
+        trial(trial_) {}
 
   static int64_t work_size(int64_t rows) {
     const int64_t packed = W<T> == 1 ? 0 : (rows + TILE_ROWS<T> + rows + NB<T>) * BLOCK;
@@ -163,13 +165,14 @@ class Pivoting {
     const int64_t u = m - k;
     for (Window w; w.j < k;) {
       pivots(w);
-      if (w.j == w.J) continue;
-      update(P + w.end + w.J * m, Wc + w.end, m, m - w.end, k - w.end, w.j - w.J, P + w.end + w.end * m, m, false, memory);
-      update(P + k + w.J * m, Wc + k, m, u, u, w.j - w.J, U, u, w.fresh, memory);
+      const int64_t found = w.j - w.J, end = w.end;
+      if (!found) continue;
+      update(P + end + w.J * m, Wc + end, m, m - end, k - end, found, P + end + end * m, m, false, memory);
+      update(P + k + w.J * m, Wc + k, m, u, u, found, U, u, w.fresh, memory);
     }
   }
 
-  // The pivots of the window after w; what is behind it has been updated with those before. Other columns do not change.
+  // The pivots of the window after w; what is behind that has been updated. Other columns do not change.
   void pivots(Window& w) {
     if (!w.end)
       for (int64_t i = 0; i < k; i++) order[i] = int32_t(i);
@@ -201,8 +204,9 @@ class Pivoting {
   Packed<T> packed(const Window& w, int64_t row) const { return packed_in(memory, m - row, w.j - w.J); }
   void pack_rows(const Window& w, int64_t row, int64_t begin, int64_t stop) const {
     const Packed<T> to = packed(w, row);
-    pack(P + row + begin + w.J * m, m, stop - begin, to.depth, TILE_ROWS<T>, const_cast<T*>(to.rows) + begin * to.depth);
-    pack(Wc + row + begin, m, stop - begin, to.depth, NB<T>, const_cast<T*>(to.columns) + begin * to.depth);
+    const int64_t count = stop - begin, at = begin * to.depth;
+    pack(P + row + begin + w.J * m, m, count, to.depth, TILE_ROWS<T>, const_cast<T*>(to.rows) + at);
+    pack(Wc + row + begin, m, count, to.depth, NB<T>, const_cast<T*>(to.columns) + at);
   }
 
  private:
@@ -531,7 +535,9 @@ void part_indefinite(Part what, const Tree& t, const Indefinite& f, int32_t s, W
     case PIVOTS: p.pivots(w); break;
     case PACK_PANEL: p.pack_rows(w, w.end, begin, end); break;
     case PACK_REST: p.pack_rows(w, front.k, begin, end); break;
-    case UPDATE_PANEL: update_packed(p.packed(w, w.end), begin, end, front.P + w.end + w.end * front.m, front.m, false); break;
+    case UPDATE_PANEL:
+      update_packed(p.packed(w, w.end), begin, end, front.P + w.end + w.end * front.m, front.m, false);
+      break;
     case UPDATE_REST: update_packed(p.packed(w, front.k), begin, end, front.U, front.u, w.fresh); break;
     case FINISH_REST: front.finish_rest(begin, end); break;
     case ROWS: break;  // PIVOTS has done them
@@ -580,13 +586,15 @@ void solve_indefinite(const Tree& t, const Indefinite& f, const Rhs& rhs, bool d
       for (int32_t i = 0; i < k; i++)
         for (int v = 0; v < N; v++) move(w, i * N + v, (order[i] < 0 ? ~order[i] : order[i]) * N + v);
     };
-    auto ordered = [&](int32_t s, Row* w) { pivots(s, w, [other](Row* w, int32_t i, int32_t place) { w[i] = other[place]; }); };
+    auto before = [&](int32_t s, Row* w) {
+      pivots(s, w, [other](Row* w, int32_t i, int32_t place) { w[i] = other[place]; });
+    };
     auto after = [&](int32_t s, Row* w) {
       if (downwards) return pivots(s, w, [other](Row* w, int32_t i, int32_t place) { w[place] = other[i]; });
       const int64_t k = t.first[s + 1] - t.first[s], m = k + t.row[s + 1] - t.row[s];
       divide<T, H, N>(L + t.panel[s], m, k, f.order + t.first[s], w);
     };
-    solve_fronts<How>(t, L, rhs, downwards, begin, end, static_cast<Row*>(scratch.local), ordered, after);
+    solve_fronts<How>(t, L, rhs, downwards, begin, end, static_cast<Row*>(scratch.local), before, after);
   };
   if (rhs.count > W<T>) run(Many<T, MANY, true, H>());
   else if (rhs.count > 1 || W<T> == 1) run(Many<T, 1, true, H>());
@@ -594,8 +602,9 @@ void solve_indefinite(const Tree& t, const Indefinite& f, const Rhs& rhs, bool d
 }
 
 template <class T, bool H>
-constexpr IndefiniteKernels indefinite_of = {factorize_indefinite<T, H>, assemble_indefinite<T, H>, part_indefinite<T, H>,
-                                             W<T> == 1 ? 0 : SHARE, solve_indefinite<T, H>, MANY * W<T>,
+constexpr IndefiniteKernels indefinite_of = {factorize_indefinite<T, H>, assemble_indefinite<T, H>,
+                                             part_indefinite<T, H>, W<T> == 1 ? 0 : SHARE,
+                                             solve_indefinite<T, H>, MANY * W<T>,
                                              Pivoting<T, H>::work_size};
 
 const IndefiniteKernels* choose(Dtype dtype, bool hermitian) {

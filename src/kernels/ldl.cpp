@@ -60,15 +60,21 @@ int64_t LdlPlan::lift(const char* left_out, int steps, int32_t* order) const {
 }
 
 LdlWorkspace::LdlWorkspace(const LdlPlan& p, const Schedule& schedule, const IndefiniteKernels& kernels, int64_t itemsize,
-                           int threads) {
-  const int64_t lanes = kernels.lanes * itemsize;
-  void *shared = allocate(schedule.shared_size * itemsize), *local = allocate((p.plan.n + p.plan.row.back()) * lanes);
+                           int threads)
+    : itemsize(itemsize), rows(p.plan.n + p.plan.row.back()), largest_front(p.plan.largest_front), solves(threads) {
+  void* shared = allocate(schedule.shared_size * itemsize);
   queue = static_cast<int32_t*>(allocate(schedule.queue_size() * int64_t(sizeof(int32_t))));
   for (int t = 0; t < threads; t++) {
     void *own = allocate(schedule.own_size * itemsize), *pack = allocate(kernels.work_size(p.plan.largest_front) * itemsize);
     scratch.push_back({own, shared, pack, schedule.update.data(), queue});
-    solves.push_back({local, allocate(p.plan.largest_front * lanes)});
   }
+}
+
+void LdlWorkspace::reserve(int64_t more) {
+  if (more <= lanes) return;
+  void* local = allocate(rows * more * itemsize);
+  for (SolveScratch& solve : solves) solve = {local, allocate(largest_front * more * itemsize)};
+  lanes = more;
 }
 
 namespace {
@@ -122,12 +128,12 @@ class LdlFactorsOf final : public PivotedOf<T, LdlFactors> {
     Indefinite f = matrix(0);
     f.trial = true;
     eliminate(f, schedule, work, 1);
-    for (int32_t s = 0; s < plan.plan.supernodes; s++) {
-      const int64_t first = plan.plan.first[s], k = plan.plan.first[s + 1] - first, m = k + plan.plan.row[s + 1] - plan.plan.row[s];
+    for (int32_t s = 0; s < tree.supernodes; s++) {
+      const int64_t first = tree.first[s], k = tree.first[s + 1] - first, m = k + tree.row[s + 1] - tree.row[s];
       for (int64_t j = 0; j < k; j++) {
         const int32_t o = order[first + j];
-        const T d = panels[plan.plan.panel[s] + j + j * m];
-        left_out[plan.plan.perm[first + (o < 0 ? ~o : o)]] = o >= 0 && part(d) == 0;
+        const T d = panels[tree.panel[s] + j + j * m];
+        left_out[tree.perm[first + (o < 0 ? ~o : o)]] = o >= 0 && part(d) == 0;
       }
     }
     return true;
@@ -181,7 +187,8 @@ class LdlFactorsOf final : public PivotedOf<T, LdlFactors> {
       bool done = true;
       for (int64_t i = 0; i < n(); i++) {
         if (top[i] < NONE / 2 || (top[i] >= -2 && top[i] <= 1)) continue;  // empty, or from 1/4 on and below 4
-        const int32_t change = -top[i] / 2, now = std::clamp(factor[i] + (change ? change : top[i] < 0 ? 1 : -1), -LIMIT, LIMIT);
+        const int32_t half = -top[i] / 2, change = half ? half : top[i] < 0 ? 1 : -1;
+        const int32_t now = std::clamp(factor[i] + change, -LIMIT, LIMIT);
         done &= now == factor[i];
         factor[i] = now;
       }
@@ -215,8 +222,10 @@ class LdlFactorsOf final : public PivotedOf<T, LdlFactors> {
   // One front, by all threads.
   void together(const IndefiniteKernels& kernels, const Scatter& scatter, const Indefinite& f, int32_t s,
                 const Scratch& scratch, Report& report, const Crew& crew) const {
-    const int64_t k = tree.first[s + 1] - tree.first[s], u = tree.row[s + 1] - tree.row[s], m = k + u, piece = kernels.share;
-    if (crew.size() == 1 || !piece || m < SHARE_FROM) return kernels.factorize(tree, scatter, f, s, s + 1, scratch, report);
+    const int64_t k = tree.first[s + 1] - tree.first[s], u = tree.row[s + 1] - tree.row[s], m = k + u;
+    const int64_t piece = kernels.share;
+    if (crew.size() == 1 || !piece || m < SHARE_FROM)
+      return kernels.factorize(tree, scatter, f, s, s + 1, scratch, report);
     Window w;
     auto share = [&](Part what, int64_t count, int64_t size) {
       crew.share((count + size - 1) / size, [&](int64_t i, int) {
@@ -249,6 +258,7 @@ class LdlFactorsOf final : public PivotedOf<T, LdlFactors> {
     if (stored() < PARALLEL_SOLVE_FROM) threads = 1;
     const Indefinite m = matrix(f);
     const IndefiniteKernels& k = *both[hermitian];
+    work.reserve(width == 1 ? 1 : k.lanes);
     const Crew crew(threads);
     Rhs rhs{b, x, width, 0, 0};
     for (; rhs.offset < width; rhs.offset += rhs.count) {

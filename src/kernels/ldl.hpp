@@ -19,8 +19,8 @@ struct LdlPlan final : PivotedPlan {
   LdlPlan(int32_t n, const int64_t* indptr, const int32_t* indices, const int64_t* tree_indptr,
           const int32_t* tree_indices, const int32_t* slots, const int32_t* perm);
   int64_t nbytes() const override;
-  // An order of elimination, order [n]: that of the plan, but rows that left_out marks come last among the pivots of a front
-  // `steps` above their own, or of the root. Returns how many were moved.
+  // An order of elimination, order [n]: that of the plan, but rows that left_out marks come last among the pivots of a
+  // front `steps` above their own, or of the root. Returns how many were moved.
   int64_t lift(const char* left_out, int steps, int32_t* order) const;
 
   std::vector<int64_t> indptr, begin;  // [n + 1], [supernodes + 1]
@@ -31,8 +31,10 @@ struct LdlPlan final : PivotedPlan {
 // For `threads` threads.
 struct LdlWorkspace final : PivotedWorkspace {
   LdlWorkspace(const LdlPlan&, const Schedule&, const IndefiniteKernels&, int64_t itemsize, int threads);
+  void reserve(int64_t lanes);  // `solves`, for so many right-hand sides at once
+  int64_t itemsize, rows, largest_front, lanes = 0;
   std::vector<Scratch> scratch;      // [threads]
-  std::vector<SolveScratch> solves;  // [threads]
+  std::vector<SolveScratch> solves;  // [threads] for `lanes`
   int32_t* queue;                    // [Schedule::queue_size()]
 };
 

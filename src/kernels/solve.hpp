@@ -4,8 +4,8 @@
 // Forward, a front adds what its children left for its rows; backward, it reads the solution of the rows below its pivots
 // from its parent. So fronts of different subtrees share nothing, and no order of them changes the result.
 //
-// On the diagonal of L lie reciprocals; or L is UNIT, has ones there, and nothing is read. Backward L^H is meant, L^T unless
-// CONJUGATED.
+// On the diagonal of L lie reciprocals; or L is UNIT, has ones there, and nothing is read. Backward L^H is meant, L^T
+// unless CONJUGATED.
 #pragma once
 #include "dense.hpp"
 #include "multifrontal.hpp"
@@ -366,7 +366,8 @@ struct Local {
   }
 };
 
-// `before(s, w)`: what happens to the rows w of front s before its elimination, `after` when that is done, or its substitution.
+// `before(s, w)`: what happens to the rows w of front s before its elimination, `after`: when that is done, or its
+// substitution.
 template <class How, class T, class Before, class After>
 void solve_fronts(const Tree& t, const T* L, const Rhs& rhs, bool downwards, int32_t begin, int32_t end,
                   typename How::Row* memory, Before before, After after) {
@@ -424,8 +425,8 @@ void solve(const Tree& t, const void* factor, const Rhs& rhs, bool downwards, in
   auto run = [&](auto how) {
     using How = decltype(how);
     auto nothing = [](int32_t, typename How::Row*) {};
-    solve_fronts<How>(t, static_cast<const T*>(factor), rhs, downwards, begin, end, static_cast<typename How::Row*>(local),
-                      nothing, nothing);
+    solve_fronts<How>(t, static_cast<const T*>(factor), rhs, downwards, begin, end,
+                      static_cast<typename How::Row*>(local), nothing, nothing);
   };
   if (rhs.count > W<T>) run(Many<T, MANY>());
   else if (rhs.count > 1 || W<T> == 1) run(Many<T, 1>());
