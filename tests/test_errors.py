@@ -69,7 +69,7 @@ WRONG_SYSTEMS = [
     (INDICES, 3, {"threads": 0}, ValueError, "threads must be None or between 1 and 1024, got 0"),
     (INDICES, 3, {"threads": 1.5}, TypeError, "threads must be an integer, got 1.5"),
     (INDICES, 3, {"threads": True}, TypeError, "threads must be an integer, got True"),
-    (INDICES, 3, {"precision": "double"}, ValueError, "precision must be one of 'working', got 'double'"),
+    (INDICES, 3, {"precision": "double"}, ValueError, "precision must be one of 'working', 'mixed', got 'double'"),
     # structure
     (with_entry(2, 0), 3, {"kind": "spd"}, ValueError, r"kind='spd' needs both triangles in indices: entry 5 = \(2, 0\) has no partner \(0, 2\).*triangle='lower'"),
     (with_entry(0, 2), 3, {"kind": "symmetric"}, ValueError, r"entry 5 = \(0, 2\) has no partner \(2, 0\).*triangle='lower' or 'upper'"),
