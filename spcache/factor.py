@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._pattern import Assembly, Loan, ValuesCopy
 from .convention import NONE, TRANSPOSED, Convention
-from .engines import ldl, multifrontal
+from .engines import klu, ldl, multifrontal
 from .engines.protocol import DTYPE_CODES, Failure, Storage, SymbolicFactor
 from .errors import MODIFIED, SingularMatrixError
 from .handles import factor_handle
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 __all__ = ["Factor", "NumericFactor", "Pool", "describe"]
 
 Careful: TypeAlias = "weakref.WeakMethod[Callable[[Tensor, NumericFactor], NumericFactor]]"
+
+# Pivots of a Cholesky factor so far apart ask for the condition number; in single precision, and in double.
+_SPREAD = tuple(torch.finfo(dtype).eps ** (2 / 3) for dtype in (torch.float32, torch.float64))
 
 # Idle storages a pool keeps: fresh memory costs page faults at every step.
 KEEP_IDLE = 4
@@ -201,10 +204,10 @@ class NumericFactor:
         """Estimates condition numbers, `rcond`, where small pivots give reason to."""
         storage: Any = self.storage
         if isinstance(storage, multifrontal.Storage):
-            if self.code == DTYPE_CODES[self.dtype] and (storage.spread() < self.eps ** (2 / 3)).any():
+            if storage.spread() < _SPREAD[self.code % 2] and self.code == DTYPE_CODES[self.dtype]:
                 values = self._factorized().view(storage.batch, -1).numpy()
                 self.rcond = rcond_of_definite(self._pool.convention, values, self._inverse)
-        elif self.plan.engine == "klu" and not np.isnan(storage.rcond).all():
+        elif isinstance(storage, klu.Storage) and storage.weak:
             self.rcond = storage.rcond
 
     @property

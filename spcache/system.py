@@ -52,9 +52,16 @@ class SparseSystem:
             thread; of kind "general", only batches use more.
         keep_factor: False drops the factor after each forward solve and factorizes again in the backward pass:
             less memory between the two, one more factorization.
-        precision: "working", factors in the precision of the values.
+        precision: "working", factors in the precision of the values. "mixed": float64 and complex128 are factorized in
+            single precision (half the memory of a factor, and of large ones nearly half the time) and every solution,
+            gradients' too, is refined in double to a backward error of some eps: a few more solves and products each.
+            Pays for large factors, as of 3-D grids from about 30^3 on. Where that cannot work (condition numbers
+            beyond about 1e7, rows and columns scaled) values are factorized in double after all, counted in
+            `stats.repivots`; after three in a row at once. Nothing changes for float32 and complex64, and for what KLU
+            factorizes, which computes in double anyway; nor for `lstsq`. CPU tensors, or cuda="host".
         check: refuse values and b that are not finite, values that are not of the kind, factorizations that cannot be
-            trusted. False checks nothing: `Factor.info` has the status, x may be garbage, nothing is raised for it.
+            trusted; warn of matrices that are regular but hardly so (`IllConditionedWarning`). False checks
+            nothing: `Factor.info` has the status, x may be garbage, nothing is raised for it.
         cuda: how CUDA tensors are served. "cudss": on the device, by NVIDIA's cuDSS (`pip install spcache[cuda13]`, or
             [cuda12]); values, factors and solutions stay there, and the host reads their status (with check=False
             only kind "auto" reads anything).
@@ -170,6 +177,7 @@ class SparseSystem:
 
         Raises:
             NotPositiveDefiniteError, SingularMatrixError: with the column and the batch index (check=True).
+            IllConditionedWarning: once per factorization, where x may have no correct digit (check=True).
             ValueError: shapes do not fit; values or b not finite; values not of the kind (check=True).
             TypeError: not tensors, or dtypes that differ or are not supported.
             EngineUnavailableError: no engine for that device.

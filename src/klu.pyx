@@ -223,6 +223,15 @@ cdef class Storage:
         return doubtful
 
     @property
+    def weak(self):
+        """Whether some condition number was estimated."""
+        cdef int64_t e
+        cdef bool weak = False
+        for e in range(self.batch):
+            weak |= self.factors.get().looks[e].rcond == self.factors.get().looks[e].rcond  # not NaN
+        return weak
+
+    @property
     def rcond(self):
         """[batch; float64] estimated reciprocal condition numbers; NaN where no pivot gave reason to estimate."""
         cdef int64_t e

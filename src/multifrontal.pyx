@@ -51,9 +51,7 @@ cdef extern from "kernels/multifrontal.hpp" namespace "spcache" nogil:
     cdef struct CAssembly "spcache::Assembly":
         int64_t nnz, groups
     cdef struct Tree:
-        const int32_t* first
-        const int64_t* row
-        const int64_t* panel
+        pass
     cdef struct Scratch:
         void* own
         void* shared
@@ -73,6 +71,9 @@ cdef extern from "kernels/multifrontal.hpp" namespace "spcache" nogil:
     const Kernels* kernels_baseline(Dtype)
     const Kernels* kernels_avx2(Dtype)
     const Kernels* kernels_avx512(Dtype)
+
+cdef extern from "kernels/definite.hpp" namespace "spcache" nogil:
+    double diagonal_spread[R](const Tree&, const R*, int64_t)
 
 cdef extern from "kernels/analysis.hpp" namespace "spcache" nogil:
     cdef struct Prediction:
@@ -607,29 +608,20 @@ cdef class Storage:
         team.idle[self.layout] += workspaces
 
     def spread(self):
-        """[batch; float64] the square of the smallest over the largest number on the diagonal of each factor: no less than the
-        reciprocal condition number of the matrix."""
-        cdef Plan* plan = self.symbolic.plan.get()
+        """The square of the smallest over the largest number on the diagonal of a factor, the least of the batch: no less than
+        the reciprocal condition number of that matrix."""
         cdef const Tree* tree = &self.symbolic.tree
-        cdef int64_t width = 1 if self.by == NULL else self.by.width, stored = plan.panel.back(), e, at, m, j
-        cdef int64_t step = 2 if self.dtype >= 2 else 1
-        cdef int32_t s
-        cdef double a, least, most
-        cdef bool single = self.dtype % 2 == 0
-        out = numpy.empty(self.batch)
-        cdef double[::1] o = out
+        cdef int64_t width = 1 if self.by == NULL else self.by.width, stored = self.symbolic.plan.get().panel.back(), e, at
+        cdef int64_t step = width * (2 if self.dtype >= 2 else 1)
+        cdef double spread = 1
         with nogil:
             for e in range(self.batch):
-                least, most = 1e308, 0
-                for s in range(plan.supernodes):
-                    m = tree.first[s + 1] - tree.first[s] + tree.row[s + 1] - tree.row[s]
-                    for j in range(tree.first[s + 1] - tree.first[s]):
-                        at = step * ((e // width * stored + tree.panel[s] + j * (m + 1)) * width + e % width)
-                        a = (<float*> self.factor.data)[at] if single else (<double*> self.factor.data)[at]
-                        least = a if a < least else least
-                        most = a if a > most else most
-                o[e] = (least / most) * (least / most)
-        return out
+                at = e // width * stored * step + e % width
+                if self.dtype % 2 == 0:
+                    spread = min(spread, diagonal_spread[float](tree[0], <float*> self.factor.data + at, step))
+                else:
+                    spread = min(spread, diagonal_spread[double](tree[0], <double*> self.factor.data + at, step))
+        return spread
 
     def failed_columns(self):
         """Per matrix -1, or the original index of the pivot that is not positive."""

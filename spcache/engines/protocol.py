@@ -121,7 +121,11 @@ class SymbolicFactor(Protocol):
 
 @runtime_checkable
 class Storage(Protocol):
-    """The factors of one batch of values; holds nothing that depends on who uses them."""
+    """The factors of one batch of values; holds nothing that depends on who uses them.
+
+    An engine that does not refine by itself may have `doubtful`, a bool: solves with the factors of the last factorize
+    are to be refined by who asks (factor.py).
+    """
 
     batch: int
     nbytes: int  # memory held

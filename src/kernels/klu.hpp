@@ -366,6 +366,7 @@ class FactorsOf final : public Factors {
       if (!f.numeric) return {KLU_OUT_OF_MEMORY, false, false};
     }
     const bool old = f.numeric;
+    if (!old) f.scale.clear();  // of values that had no factor
     if (old) {
       if (!f.scale.empty()) scale_matrix(A, f.scale);
       bool complete = K::refactor(Ap(), Ai(), numbers(A), plan.symbolic, f.numeric, &common);

@@ -34,13 +34,13 @@ inline double power_of_two(int32_t e) {
 }
 
 // Powers l [m], r [n] by which the entries of each row, and of each column, have a geometric mean of about 1, nearly: a
-// few sweeps towards the least sum of squares of exponents (A. R. Curtis, J. K. Reid 1972, "On the automatic scaling of
+// number of sweeps towards the least sum of squares of exponents (A. R. Curtis, J. K. Reid 1972, "On the automatic scaling of
 // matrices for Gaussian elimination", doi:10.1093/imamat/10.1.118). Undoes rows and columns that are far apart by
 // themselves, where largest entries mislead.
 template <class T>
 inline void balance(int64_t nnz, const int32_t* row, const int32_t* column, const T* values, std::vector<int32_t>& l,
                     std::vector<int32_t>& r) {
-  constexpr int SWEEPS = 20;
+  constexpr int SWEEPS = 200;
   std::vector<double> own(l.size(), 0.0), other(r.size(), 0.0);
   std::vector<int64_t> count(std::max(l.size(), r.size()));
   auto sweep = [&](std::vector<double>& power, const int32_t* at, const std::vector<double>& given, const int32_t* from) {
@@ -56,7 +56,11 @@ inline void balance(int64_t nnz, const int32_t* row, const int32_t* column, cons
   };
   for (int round = 0; round < SWEEPS; round++) {
     sweep(own, row, other, column);
+    const std::vector<double> before = other;
     sweep(other, column, own, row);
+    double change = 0;
+    for (size_t j = 0; j < other.size(); j++) change = std::max(change, fabs(other[j] - before[j]));
+    if (change < 0.1) break;
   }
   for (size_t i = 0; i < l.size(); i++) l[i] = int32_t(lrint(own[i]));
   for (size_t j = 0; j < r.size(); j++) r[j] = int32_t(lrint(other[j]));
