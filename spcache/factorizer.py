@@ -639,9 +639,9 @@ def _batch_index(e: int, batch_shape: torch.Size) -> tuple[int, ...]:
 
 
 def _outside() -> int:
-    """The stack level, from who asks, of the first caller outside of the package."""
+    """The stack level, from who asks, of the first caller outside of the package and of torch, which may be in between."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__package__", "").split(".")[0] == "spcache":
+    while frame.f_back is not None and (frame.f_globals.get("__package__") or "").split(".")[0] in ("spcache", "torch"):
         frame, level = frame.f_back, level + 1
     return level
 

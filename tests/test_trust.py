@@ -1,6 +1,7 @@
 """Never a plausible wrong answer: old pivots that fail, matrices that are singular or nearly so, numbers far apart in size;
 every real matrix and sequence against references in extended precision, with factors in double and in single precision."""
 
+import importlib
 import warnings
 
 import numpy as np
@@ -171,8 +172,11 @@ def definite_but_barely():
     return L + 4e-16 * np.diag(np.arange(n) == n - 1)
 
 
-def test_ill_conditioned_warning():
+@pytest.mark.parametrize("dynamo", [False, True], ids=["", "after torch._dynamo"])
+def test_ill_conditioned_warning(dynamo):
     """Once per factorization, at the line of who asks; silent without checks; the numbers are in Factor and stats."""
+    if dynamo:
+        importlib.import_module("torch._dynamo")  # puts frames of torch between caller and package
     A = definite_but_barely()
     rows, columns = np.nonzero(A)
     system = SparseSystem(np.stack([rows, columns]), len(A), kind="spd")

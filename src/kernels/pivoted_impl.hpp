@@ -69,7 +69,8 @@ double worst_error(int64_t n, const T* r, const Real<T>* size, const Real<T>* ro
     R divisor = size[i];
     if (divisor < R(1000) * EPS * other) divisor += other;
     const double ratio = double(error) / double(divisor);
-    worst = ratio <= worst ? worst : ratio;
+    if (!(ratio <= DBL_MAX)) return std::numeric_limits<double>::infinity();
+    worst = std::max(worst, ratio);
   }
   return worst;
 }
