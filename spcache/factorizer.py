@@ -639,7 +639,7 @@ def _batch_index(e: int, batch_shape: torch.Size) -> tuple[int, ...]:
 
 
 def _outside() -> int:
-    """The stack level, from who asks, of the first caller outside of the package and of torch, which may be in between."""
+    """The stack level, from who asks, of the first caller outside of the package and of torch, which may be between."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and (frame.f_globals.get("__package__") or "").split(".")[0] in ("spcache", "torch"):
         frame, level = frame.f_back, level + 1
