@@ -49,7 +49,8 @@ class NumericFactor:
         failures: per matrix, why it has no factor; None where all have one.
         failed: the same as a bool tensor of `batch_shape`, or None.
         finite: whether the values were seen to be finite before they were factorized.
-        doubtful: whether solves are refined by the residual of the values: the engine is not sure of its pivots.
+        doubtful: whether solves are refined by the residual of the values: the engine is not sure of its pivots, or
+            works in single precision.
         last: it is the last resort: there is no other factor where refinement stalls.
         scale: [2, batch, n; float64] those of the equations and of the unknowns, where they were needed.
         rcond: [batch; float64] estimated reciprocal condition numbers, or None; NaN for a matrix that gave no reason.
@@ -75,7 +76,7 @@ class NumericFactor:
         self.finite = self.last = False
         self.scale: np.ndarray | None = None
         self.rcond: np.ndarray | None = None
-        self.doubtful: bool = getattr(self.storage, "doubtful", False)
+        self.doubtful: bool = self.storage.doubtful
         self.failures = self.storage.failures()
         self.failed: Tensor | None = None
         if self.failures is not None:
@@ -111,8 +112,12 @@ class NumericFactor:
         if self._substitute is not None:
             return self._substitute.solve(b, vector, adjoint)
         start = perf_counter()
-        x, shape = torch.empty_like(b), (math.prod(lead), self.n, 1 if vector else b.shape[-1])
-        steps = self._solve(b.view(shape), x.view(shape), index, adjoint)
+        x, count, width = torch.empty_like(b), math.prod(lead), 1 if vector else b.shape[-1]
+        if self.doubtful:
+            columns = (count, self.n, width)
+            steps = self._refined(b.view(columns), x.view(columns), index, adjoint)
+        else:
+            steps = self._direct(b, x, count, width, index, adjoint)
         stats = self._stats
         stats.seconds["solve"] += perf_counter() - start
         stats.solves += 1
@@ -121,28 +126,26 @@ class NumericFactor:
             return self._replaced().solve(b, vector, adjoint)
         return x
 
-    def _solve(self, b: Tensor, x: Tensor, index: Tensor | None, adjoint: bool) -> int:
+    def _refined(self, b: Tensor, x: Tensor, index: Tensor | None, adjoint: bool) -> int:
         """x for columns b, both [count, n, width], by the index[p]-th matrix of the batch for each. Returns steps as
         `Storage.solve`."""
-        steps = self._direct(b, x, index, adjoint)
-        if not self.doubtful:
-            return steps
-        select = self._select(index, len(b))
+        count, _, width = b.shape
+        self._direct(b, x, count, width, index, adjoint)
+        select = self._select(index, count)
 
         def improve(x: Tensor, r: Tensor) -> Tensor:
             d = torch.empty_like(r)
-            self._direct(r, d, index, adjoint)
+            self._direct(r, d, count, width, index, adjoint)
             return torch.from_numpy(x.numpy() + d.numpy())  # on this thread alone
 
         best, steps, errors = refine(x, lambda x: self.residual(b, x, select, adjoint), improve)
         np.copyto(x.numpy(), best.numpy())
         return self._judged(steps, errors.min(0), b, select)
 
-    def _direct(self, b: Tensor, x: Tensor, index: Tensor | None, adjoint: bool) -> int:
-        """As `_solve`, by the engine alone, in the scalar type of the storage."""
+    def _direct(self, b: Tensor, x: Tensor, count: int, width: int, index: Tensor | None, adjoint: bool) -> int:
+        """As `_refined`, by the engine alone, in the scalar type of the storage; any shapes of so many numbers."""
         factors = 0 if index is None else index.data_ptr()
         threads = self._pool.threads or torch.get_num_threads()
-        count, _, width = b.shape
         return self.storage.solve(b.data_ptr(), x.data_ptr(), count, width, factors, adjoint, threads) or 0
 
     def residual(self, b: Tensor, x: Tensor, select: np.ndarray, adjoint: bool) -> tuple[Tensor, Errors]:
@@ -200,8 +203,8 @@ class NumericFactor:
             f"they were used (module.to, tensor.data); solve again with the new ones"
         )
 
-    def estimate(self) -> None:
-        """Estimates condition numbers, `rcond`, where small pivots give reason to."""
+    def estimate(self) -> np.ndarray | None:
+        """`rcond`: estimated now, where small pivots give reason to."""
         storage: Any = self.storage
         if isinstance(storage, multifrontal.Storage):
             if storage.spread() < _SPREAD[self.code % 2] and self.code == DTYPE_CODES[self.dtype]:
@@ -209,6 +212,7 @@ class NumericFactor:
                 self.rcond = rcond_of_definite(self._pool.convention, values, self._inverse)
         elif isinstance(storage, klu.Storage) and storage.weak:
             self.rcond = storage.rcond
+        return self.rcond
 
     @property
     def eps(self) -> float:
@@ -218,7 +222,7 @@ class NumericFactor:
     def _inverse(self, b: np.ndarray) -> np.ndarray:
         """A^-1 b, one vector for each matrix, by the engine alone."""
         x = np.empty_like(b)
-        self._direct(torch.from_numpy(b).unsqueeze(-1), torch.from_numpy(x).unsqueeze(-1), None, False)
+        self._direct(torch.from_numpy(b), torch.from_numpy(x), len(b), 1, None, False)
         return x
 
     def info(self) -> Tensor:

@@ -204,8 +204,7 @@ class Factorizer:
 
     def _look_at_condition(self, numeric: NumericFactor) -> None:
         """Warns of a factor that may be of no use although nothing is wrong with it."""
-        numeric.estimate()
-        rcond = numeric.rcond
+        rcond = numeric.estimate()
         self.stats.rcond = math.nan if rcond is None else float(np.nanmin(rcond))
         if rcond is None or not self._own or not self.stats.rcond < numeric.eps:
             return

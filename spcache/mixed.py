@@ -38,7 +38,7 @@ class MixedFactor(NumericFactor):
 
     _pool: MixedPool
 
-    def _solve(self, b: Tensor, x: Tensor, index: Tensor | None, adjoint: bool) -> int:
+    def _refined(self, b: Tensor, x: Tensor, index: Tensor | None, adjoint: bool) -> int:
         select = self._select(index, len(b))
         best, steps, errors = refine(
             self._improved(None, b, index, select, adjoint),
@@ -58,7 +58,7 @@ class MixedFactor(NumericFactor):
         rounded, size = torch.empty_like(r, dtype=_NARROW[r.dtype]), np.empty((count, width))
         narrow(r.data_ptr(), count, n, width, code, L, select, rounded.data_ptr(), size)
         d = torch.empty_like(rounded)
-        self._direct(rounded, d, index, adjoint)
+        self._direct(rounded, d, count, width, index, adjoint)
         y, begin = torch.empty_like(r), 0 if x is None else x.data_ptr()
         widen(begin, y.data_ptr(), count, n, width, code, R, select, d.data_ptr(), size)
         return y
@@ -67,7 +67,7 @@ class MixedFactor(NumericFactor):
         """Whether single precision can tell the solution of a right-hand side of random signs, in scaled numbers."""
         b = self._pool.signs(self.storage.batch, _NARROW[self.dtype])
         x = torch.empty_like(b)
-        self._direct(b, x, None, False)
+        self._direct(b, x, len(b), 1, None, False)
         return bool(np.abs(x.numpy()).max() <= _LARGEST)
 
     def in_working_precision(self, values: Tensor, check: bool) -> NumericFactor:
@@ -109,7 +109,7 @@ class MixedPool(Pool):
 
         factor = self._factorize(values, check, rounded.dtype, MixedFactor, round_)
         assert isinstance(factor, MixedFactor)
-        factor.scale = scale[0]
+        factor.scale, factor.doubtful = scale[0], True
         if factor.failures is None and (not check or factor.looks_regular()):
             return factor
         self.distrust += 1

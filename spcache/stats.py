@@ -31,7 +31,8 @@ class Stats:
         flops: floating-point operations of one factorization, predicted by the analysis.
         bytes: memory of the pattern, the plans and the factors this system holds or keeps idle.
         engine: name of the engine that served last ("" before the first factorization).
-        ordering: the fill-reducing ordering it used; "given" where it came as a permutation.
+        ordering: the fill-reducing ordering it used; "given" where it came as a permutation, "auto" where trials with
+            values of an indefinite matrix changed it.
         lstsq_path: what the last factorization for least squares ended in: "normal" (semi-normal equations by Cholesky)
             or "augmented" (the augmented system, with pivoting); "" before.
         lstsq_condition: its estimate of the condition number of A, columns (of a wide A, rows) scaled; the largest of a

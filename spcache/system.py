@@ -45,11 +45,12 @@ class SparseSystem:
             image. For "spd", "symmetric" and "hermitian".
         ordering: how rows and columns are ordered to keep the factor sparse: "auto" (what predicts the least work),
             "amd", "metis" (nested dissection; spd, symmetric, hermitian), "colamd" (general), "natural"; or
-            [n; integer], NumPy or torch, the original index of each pivot. Kind "general" orders inside the blocks of
-            the block triangular form, and may exchange rows for the sake of pivots. Names only for cuDSS.
+            [n; integer], NumPy or torch, the original index of each pivot. Where KLU serves kind "general", it orders
+            inside the blocks of the block triangular form; rows may be exchanged for the sake of pivots. Names only for
+            cuDSS.
         threads: the most threads that a factorization or a solve may use; None: as many as torch
             (`torch.get_num_threads`). The result does not depend on it. Small systems use one
-            thread; of kind "general", only batches use more.
+            thread; where KLU serves kind "general", only batches use more.
         keep_factor: False drops the factor after each forward solve and factorizes again in the backward pass:
             less memory between the two, one more factorization.
         precision: "working", factors in the precision of the values. "mixed": float64 and complex128 are factorized in

@@ -367,6 +367,7 @@ class Storage:
     """
 
     repivots = 0
+    doubtful = False  # refinement is cuDSS's own
 
     def __init__(self, plan: SymbolicFactor, dtype: int, batch: int):
         if not 0 <= dtype < 4 or batch < 1:

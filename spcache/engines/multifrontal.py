@@ -129,6 +129,7 @@ class Storage(_multifrontal.Storage):
 
     refactorized = True  # the pivots of a Cholesky factorization never change
     repivots = 0
+    doubtful = False
 
     def failures(self) -> Sequence[Failure | None] | None:
         if not self.failed:

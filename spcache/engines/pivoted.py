@@ -59,6 +59,7 @@ class Status:
 
     refactorized = True  # pivots are chosen inside fronts, whose structure never changes
     repivots = 0
+    doubtful = False  # refinement is the engine's own
 
     def failures(self: Any) -> Sequence[Failure | None] | None:
         columns = self.failed_columns()

@@ -121,17 +121,14 @@ class SymbolicFactor(Protocol):
 
 @runtime_checkable
 class Storage(Protocol):
-    """The factors of one batch of values; holds nothing that depends on who uses them.
-
-    An engine that does not refine by itself may have `doubtful`, a bool: solves with the factors of the last factorize
-    are to be refined by who asks (factor.py).
-    """
+    """The factors of one batch of values; holds nothing that depends on who uses them."""
 
     batch: int
     nbytes: int  # memory held
     nnz: int  # stored entries of one factor, the diagonal included
     refactorized: bool  # the last factorize used pivots chosen for earlier values (always, where pivots are static)
     repivots: int  # how many matrices of the last factorize were factorized anew because old pivots failed
+    doubtful: bool  # solves with the last factorize are to be refined by who asks (factor.py): the engine does not
 
     def factorize(
         self, assembly: Any, values: int, nnz: int, check: bool, template: Any = None, threads: int = 1

@@ -29,9 +29,10 @@ namespace spcache {
 constexpr double PIVOT_TOLERANCE = 0.3;
 
 // What a look at the pivots says (`check`). Reciprocal pivot growth of GROWTH_GOOD (fresh pivots) or GROWTH_KEPT (old
-// ones): solves are left as they are, with scaled residuals up to 100 eps. Less than that, or a smallest pivot that has
-// fallen much further than the largest: a doubtful factor, whose solves ask for refinement. Old pivots may be doubtful
-// only if a probe shows that refinement works, else others are chosen; below GROWTH_HOPELESS without a probe.
+// ones; fresh ones reach 0.02 at worst on the real matrices): solves are left as they are, with scaled residuals up to
+// about 300 eps. Less than that, or a smallest pivot that has fallen much further than the largest: a doubtful factor,
+// whose solves ask for refinement. Old pivots may be doubtful only if a probe shows that refinement works, else others
+// are chosen; below GROWTH_HOPELESS without a probe.
 constexpr double GROWTH_GOOD = 1e-2, GROWTH_KEPT = 0.02, GROWTH_HOPELESS = 1e-8, RCOND_LOSS = 1e-3;
 
 // Refinement as the probe has it: to so many eps of |A| |x| + |b|, in so many steps, each of which has to halve it.

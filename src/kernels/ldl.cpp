@@ -11,18 +11,6 @@
 #include "tasks.hpp"
 
 namespace spcache {
-namespace {
-
-// Of a positive finite number: it is at least 2 to this power, and less than twice that.
-inline int32_t exponent(double a) {
-  int64_t bits;
-  memcpy(&bits, &a, sizeof bits);
-  return int32_t(bits >> 52) - 1023;  // of subnormal numbers a little more than it should be
-}
-inline int32_t exponent(float a) { return exponent(double(a)); }
-
-}  // namespace
-
 LdlPlan::LdlPlan(int32_t n, const int64_t* Ap, const int32_t* Ai, const int64_t* tree_indptr, const int32_t* tree_indices,
                  const int32_t* slots, const int32_t* perm)
     : PivotedPlan(Plan(n, tree_indptr, tree_indices, perm)), indptr(Ap, Ap + n + 1), begin(plan.supernodes + 1, 0),

@@ -9,8 +9,8 @@
 #include <limits>
 #include <new>
 
-#include "pattern.hpp"
 #include "pivoted.hpp"
+#include "refinement.hpp"
 #include "threads.hpp"
 
 namespace spcache {
@@ -40,9 +40,6 @@ void share_or_throw(int64_t count, int threads, Work work) {
   });
   if (failed) throw std::bad_alloc();
 }
-
-template <class R> R part(R a) { return std::abs(a); }
-template <class R> R part(Complex<R> a) { return std::max(std::abs(a.re), std::abs(a.im)); }
 
 // Moves a scale factor, a power of two, half the way to where its row's or column's largest entry is 1. False where that
 // is near enough, or nothing can be done.

@@ -17,8 +17,9 @@
 
 namespace spcache {
 
-inline double part(double a) { return fabs(a); }
-inline double part(Complex<double> a) { return std::max(fabs(a.re), fabs(a.im)); }
+// The largest of its parts: a norm that is cheap.
+template <class R> inline R part(R a) { return abs(a); }
+template <class R> inline R part(Complex<R> a) { return std::max(abs(a.re), abs(a.im)); }
 
 // The exponent of a number that is not negative; -1023 where it is below all normal ones, 1024 where it is not finite.
 inline int32_t exponent(double a) {
