@@ -48,7 +48,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -144,7 +144,7 @@ def solve(
         return _masked(numeric.solve(b, vector, adjoint), _either(numeric.failed, failed), vector)
     if has_torch_function(_MODE):
         values, b = seen(values, b)
-    return _Solve.apply(values, b, source, numeric, vector, adjoint, failed, dual)
+    return _Solve.apply(values, b, (source, numeric, vector, adjoint, failed, dual))
 
 
 def matmul(source: Source, values: Tensor, x: Tensor, vector: bool, adjoint: bool, size: int) -> Tensor:
@@ -258,21 +258,16 @@ def _tangent_rule(
 # --- front ends ----------------------------------------------------------------------------------------------------
 
 
+# source, numeric, vector, adjoint, failed, dual, see `solve`: one argument, because each of `apply` costs time
+_Rest: TypeAlias = "tuple[Source, NumericFactor, bool, bool, Tensor | None, bool]"
+
+
 class _Solve(Function):
     """Eager front end. The node owns the factor for as long as it may run backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        values: Tensor,
-        b: Tensor,
-        source: Source,
-        numeric: NumericFactor,
-        vector: bool,
-        adjoint: bool,
-        failed: Tensor | None,
-        dual: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, values: Tensor, b: Tensor, rest: _Rest) -> Tensor:
+        source, numeric, vector, adjoint, failed, dual = rest
         failed = _either(numeric.failed, failed)
         x = _masked(numeric.solve(b, vector, adjoint), failed, vector)
         save = ctx.needs_input_grad[0] or not source.keep_factor
@@ -306,7 +301,7 @@ class _Solve(Function):
                 grad_values = _sum_to(ctx.source.convention.outer(u, w, vector), values.shape)
             if ctx.needs_input_grad[1]:
                 grad_b = _sum_to(lam, ctx.b_shape)
-        return grad_values, grad_b, None, None, None, None, None, None
+        return grad_values, grad_b, None
 
     @staticmethod
     def jvp(ctx: Any, values_dot: Tensor | None, b_dot: Tensor | None, *_: Any) -> Tensor:

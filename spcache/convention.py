@@ -49,7 +49,7 @@ class Convention:
             return self.outer_by_torch(u, w, vector)
         u, w = plain(u), plain(w)
         batch = u.shape[:-1] if vector else u.shape[:-2]
-        out = torch.empty((*batch, self.pattern.nnz), dtype=u.dtype, device=u.device)
+        out = u.new_empty((*batch, self.pattern.nnz))
         width = 1 if vector else u.shape[-1]
         if width == 0:
             return out.zero_()
