@@ -372,10 +372,17 @@ def test_refinement_is_counted_and_repairs():
     driver = Driver(problem, "amd")  # no pairs
     storage = driver.factorize()
     assert storage.report(0)["replaced"] > 0 and storage.report(0)["refined"] and storage.failures() is None
-    b = np.ascontiguousarray(driver.rhs(1, 60, 2))
-    x = np.empty_like(b)
-    steps = storage.solve(b.ctypes.data, x.ctypes.data, 1, 2, 0, False, 1)
-    assert steps > 0 and driver.residual(x, b) <= C
+    for width in (1, 2, 4, 5, 8, 17, 33):  # which are refined some at a time
+        b = np.ascontiguousarray(driver.rhs(1, 60, width))
+        b[..., : width // 2] *= 1e-200
+        x = np.empty_like(b)
+        assert storage.solve(b.ctypes.data, x.ctypes.data, 1, width, 0, False, 1) > 0
+        for c in range(width):
+            assert driver.residual(x[..., [c]], b[..., [c]]) <= C
+        if width > 1:  # a column that cannot be solved is said to be so, and the others are not worse for it
+            b[0, 7, 0], y = np.nan, np.empty_like(b)
+            assert storage.solve(b.ctypes.data, y.ctypes.data, 1, width, 0, False, 1) < 0
+            assert (y[..., 1:] == x[..., 1:]).all() and np.isnan(y[..., 0]).any()
 
 
 @every_kind

@@ -1,13 +1,17 @@
 // Factorizes and solves on 1 to 4 threads, looks at the residual and compares bit by bit; `./dev sanitize` runs it under
 // ThreadSanitizer. It also serves to see the kernels of another processor work, in an emulator (docs/architecture.md).
 // No Python: ThreadSanitizer would report the interpreter.
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "analysis.hpp"
+#include "ldl.hpp"
+#include "lu.hpp"
 #include "pattern.hpp"
 
 using namespace spcache;
@@ -139,6 +143,87 @@ bool check(int side, Dtype dtype, bool dense = false) {
   return equal;
 }
 
+// x of A x = 1 for three right-hand sides and for one, by an engine with pivoting, refined.
+template <class T>
+std::vector<T> run_pivoted(const PivotedPlan& plan, PivotedFactors& factors, const Assembly& assembly,
+                           const std::vector<T>& values, int threads) {
+  const int n = plan.plan.n;
+  const Schedule schedule(plan.plan, threads);
+  const std::unique_ptr<PivotedWorkspace> own(factors.workspace(schedule, threads));
+  PivotedWorkspace* work = own.get();
+  factors.factorize(assembly, values.data(), true, schedule, &work, 1, threads);
+  if (factors.failed[0] >= 0) abort();
+  factors.refined[0] = true;
+  const std::vector<T> b(3 * n, T(1));
+  std::vector<T> x(4 * n);
+  if (factors.solve(0, b.data(), x.data(), 3, false, schedule, *work, threads) < 0) abort();
+  if (factors.solve(0, b.data(), x.data() + 3 * n, 1, true, schedule, *work, threads) < 0) abort();
+  std::printf("%d threads: %zu tasks, %zu fronts above\n", threads, schedule.tasks.size(), schedule.top.size());
+  return x;
+}
+
+// The matrix of a grid with diagonal entries of both signs, or all of it filled, by L D L^T and by L U.
+template <class T>
+bool check_pivoted(int side, Dtype dtype, bool dense = false) {
+  const int n = side * side;
+  std::vector<int64_t> indptr{0}, full_indptr{0};
+  std::vector<int32_t> indices, full_indices, slots, full_slots, perm, identity;
+  std::vector<T> values, full_values;
+  auto adjacent = [&](int i, int j) {  // i > j
+    return dense || i == j + side || (i == j + 1 && i % side);
+  };
+  auto entry = [&](int i, int j) {
+    return T(Real<T>(i == j ? (i % 3 ? 0.1 : -4.0) : dense ? std::sin(1.0 + i * 7.0 + j * 3.0) : -1.0));
+  };
+  // Where the entry (i, j) of the lower triangle is, i >= j.
+  auto slot = [&](int i, int j) {
+    int64_t e = indptr[j];
+    while (indices[e] != i) e++;
+    return int32_t(e);
+  };
+  for (int j = 0; j < n; j++) {
+    for (int i = j; i < n; i++)
+      if (i == j || adjacent(i, j)) {
+        slots.push_back(int32_t(indices.size()));
+        indices.push_back(i);
+        values.push_back(entry(i, j));
+      }
+    indptr.push_back(int64_t(indices.size()));
+    identity.push_back(j);
+  }
+  for (int j = 0; j < n; j++) {
+    for (int i = 0; i < n; i++)
+      if (i == j || (i > j ? adjacent(i, j) : adjacent(j, i))) {
+        full_slots.push_back(i >= j ? slot(i, j) : slot(j, i));
+        full_indices.push_back(i);
+        full_values.push_back(i > j ? entry(i, j) : i < j ? T(Real<T>(0.5)) * entry(j, i) : T(Real<T>(i % 3 ? 3 : -4)));
+      }
+    full_indptr.push_back(int64_t(full_indices.size()));
+  }
+  dissect(0, side, 0, side, side, perm);
+  const LdlPlan symmetric(n, indptr.data(), indices.data(), indptr.data(), indices.data(), slots.data(), perm.data());
+  const LuPlan general(n, full_indptr.data(), full_indices.data(), identity.data(), indptr.data(), indices.data(),
+                       full_slots.data(), perm.data());
+  const std::unique_ptr<PivotedFactors> ldl(
+      ldl_factors(symmetric, dtype, 1, indefinite_baseline(dtype, false), indefinite_baseline(dtype, true)));
+  const std::unique_ptr<PivotedFactors> lu(
+      lu_factors(general, dtype, 1, unsymmetric_baseline(dtype), kernels_baseline(dtype)));
+  bool equal = true;
+  auto compare = [&](const PivotedPlan& plan, PivotedFactors& factors, const std::vector<T>& v) {
+    const int64_t nnz = int64_t(v.size()), begin[] = {0, nnz, nnz, nnz};
+    std::vector<int32_t> source(nnz + AHEAD, 0);
+    std::vector<uint32_t> target(nnz);
+    for (int64_t e = 0; e < nnz; e++) source[e] = int32_t(e), target[e] = uint32_t(e);
+    const Assembly assembly{nnz, 1, 1.0, false, begin, source.data(), target.data()};
+    const std::vector<T> one = run_pivoted(plan, factors, assembly, v, 1);
+    for (int threads = 2; threads <= 4; threads++)
+      equal &= !memcmp(one.data(), run_pivoted(plan, factors, assembly, v, threads).data(), one.size() * sizeof(T));
+  };
+  compare(symmetric, *ldl, values);
+  compare(general, *lu, full_values);
+  return equal;
+}
+
 // The passes over values: of a full matrix of order n, twice, the second with one entry that breaks symmetry.
 bool check_passes(int n) {
   std::vector<int32_t> row, column, diagonal, lower, upper;
@@ -173,7 +258,9 @@ bool check_passes(int n) {
 
 int main() {
   const bool equal = check<double>(120, FLOAT64) & check<float>(150, FLOAT32) & check<Complex<double>>(120, COMPLEX128) &
-                     check<double>(25, FLOAT64, true) & check_passes(400);
+                     check<double>(25, FLOAT64, true) & check_pivoted<double>(120, FLOAT64) &
+                     check_pivoted<Complex<float>>(80, COMPLEX64) & check_pivoted<double>(25, FLOAT64, true) &
+                     check_passes(400);
   std::puts(equal ? "the same bits on any number of threads" : "results differ");
   return equal ? 0 : 1;
 }

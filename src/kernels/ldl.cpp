@@ -82,14 +82,14 @@ class LdlFactorsOf final : public PivotedOf<T, LdlFactors> {
   std::vector<int32_t> order;   // [batch, n]
   std::vector<R> scale;         // [batch, n]
 
-  T mirrored(T a) const { return hermitian ? conj(a) : a; }
+  typename Base::Sides sides(bool) const override { return {true, true, hermitian}; }
   Indefinite matrix(int64_t e) const {
     return {A.get() + e * nnz(), panels.get() + e * stored(), const_cast<int32_t*>(order.data()) + e * n(), false};
   }
 
  public:
   LdlFactorsOf(const LdlPlan& p, int64_t batch, const IndefiniteKernels* symmetric, const IndefiniteKernels* herm)
-      : Base(p, p.indptr, batch), plan(p), tree(p.plan.tree()), both{symmetric, herm}, panels(new T[batch * stored()]),
+      : Base(p, p.indptr, p.indices, batch), plan(p), tree(p.plan.tree()), both{symmetric, herm}, panels(new T[batch * stored()]),
         order(batch * n()), scale(batch * n()) {}
 
   PivotedWorkspace* workspace(const Schedule& schedule, int threads) const override {
@@ -133,14 +133,14 @@ class LdlFactorsOf final : public PivotedOf<T, LdlFactors> {
     const T* from = static_cast<const T*>(b);
     T* to = static_cast<T*>(x);
     const bool conjugate = complex && adjoint && !hermitian;  // A^-H b is the conjugate of A^-1 conj(b)
-    std::vector<T> rhs(n() * width);
+    T* const rhs = static_cast<T*>(work.buffer(PivotedWorkspace::RHS, n() * width * int64_t(sizeof(T))));
     for (int64_t i = 0; i < n(); i++)
       for (int64_t r = 0; r < width; r++) {
         const T v = s[i] * from[i * width + r];
         rhs[i * width + r] = conjugate ? conj(v) : v;
       }
-    direct(f, rhs.data(), to, width, false, schedule, work, threads);
-    const int64_t steps = refined[f] ? this->refine(f, rhs.data(), to, width, false, schedule, work, threads) : 0;
+    direct(f, rhs, to, width, false, schedule, work, threads);
+    const int64_t steps = refined[f] ? this->refine(f, rhs, to, width, false, schedule, work, threads) : 0;
     for (int64_t i = 0; i < n(); i++)
       for (int64_t r = 0; r < width; r++) {
         const T v = s[i] * to[i * width + r];
@@ -263,54 +263,6 @@ class LdlFactorsOf final : public PivotedOf<T, LdlFactors> {
         k.solve(tree, m, rhs, true, *s, *s + 1, work.solves[0]);
       tasks(true);
     }
-  }
-
-  double residual(int64_t f, const T* b, const T* x, int64_t width, int64_t c, bool, T* r, R* size,
-                  R* row) const override {
-    const T* a = A.get() + f * nnz();
-    const int64_t* p = plan.indptr.data();
-    R top = 0;
-    for (int64_t i = 0; i < n(); i++) {
-      r[i] = b[i * width + c];
-      size[i] = part(r[i]);
-      row[i] = 0;
-      const R v = part(x[i * width + c]);
-      if (!(v <= top)) top = v;
-    }
-    for (int64_t j = 0; j < n(); j++) {
-      const T y = x[j * width + c];
-      const R v = part(y);
-      T sum = T(0);
-      R sizes = 0, rows = 0;
-      for (int64_t e = p[j]; e < p[j + 1]; e++) {
-        const int64_t i = plan.indices[e];
-        const R w = part(a[e]);
-        r[i] -= a[e] * y;
-        size[i] += w * v;
-        row[i] += w;
-        if (i == j) continue;
-        const T z = x[i * width + c];
-        sum += mirrored(a[e]) * z;
-        sizes += w * part(z);
-        rows += w;
-      }
-      r[j] -= sum;
-      size[j] += sizes;
-      row[j] += rows;
-    }
-    return worst_error(n(), r, size, row, top);
-  }
-
-  double norm(int64_t e) const override {
-    const T* a = A.get() + e * nnz();
-    std::vector<double> sums(n(), 0);
-    for (int64_t j = 0; j < n(); j++)
-      for (int64_t q = plan.indptr[j]; q < plan.indptr[j + 1]; q++) {
-        const double v = double(abs(a[q]));
-        sums[j] += v;
-        if (plan.indices[q] != j) sums[plan.indices[q]] += v;
-      }
-    return *std::max_element(sums.begin(), sums.end());
   }
 };
 

@@ -47,7 +47,7 @@ class LuFactorsOf final : public PivotedOf<T> {
 
  public:
   LuFactorsOf(const LuPlan& p, int64_t batch, const UnsymmetricKernels& k, const Kernels& s)
-      : Base(p, p.indptr, batch), plan(p), kernels(k), solving(s), lower(new T[batch * stored()]),
+      : Base(p, p.indptr, p.indices, batch), plan(p), kernels(k), solving(s), lower(new T[batch * stored()]),
         upper(new T[batch * stored()]), rows(batch * n()), columns(batch * n()), scale(2 * batch * n()), scaled(batch, 0) {}
 
   PivotedWorkspace* workspace(const Schedule& schedule, int threads) const override {
@@ -84,6 +84,7 @@ class LuFactorsOf final : public PivotedOf<T> {
   }
 
  private:
+  typename Base::Sides sides(bool adjoint) const override { return {!adjoint, adjoint, true}; }
   const R* scales(int64_t e, bool of_columns) const { return scale.data() + (2 * e + of_columns) * n(); }
 
   Report factor(int64_t e, const Schedule& schedule, PivotedWorkspace& memory, int threads) override {
@@ -165,49 +166,6 @@ class LuFactorsOf final : public PivotedOf<T> {
     void* local = work.buffer(PivotedWorkspace::LOCAL, lanes * (n() + plan.plan.row.back()) * int64_t(sizeof(T)));
     if (adjoint) spcache::solve(solving, u, l, schedule, b, x, width, local, work.queue, threads);
     else spcache::solve(solving, l, u, schedule, b, x, width, local, work.queue, threads);
-  }
-
-  double residual(int64_t f, const T* b, const T* x, int64_t width, int64_t c, bool adjoint, T* r, R* size,
-                  R* row) const override {
-    const T* a = A.get() + f * nnz();
-    const int64_t* p = plan.indptr.data();
-    R top = 0;
-    for (int64_t i = 0; i < n(); i++) {
-      r[i] = b[i * width + c];
-      size[i] = part(r[i]);
-      row[i] = 0;
-      const R v = part(x[i * width + c]);
-      if (!(v <= top)) top = v;
-    }
-    for (int64_t j = 0; j < n(); j++) {
-      const T y = x[j * width + c];
-      const R v = part(y);
-      for (int64_t e = p[j]; e < p[j + 1]; e++) {
-        const int64_t i = plan.indices[e];
-        const R w = part(a[e]);
-        if (adjoint) {
-          r[j] -= conj(a[e]) * x[i * width + c];
-          size[j] += w * part(x[i * width + c]);
-          row[j] += w;
-        } else {
-          r[i] -= a[e] * y;
-          size[i] += w * v;
-          row[i] += w;
-        }
-      }
-    }
-    return worst_error(n(), r, size, row, top);
-  }
-
-  double norm(int64_t e) const override {
-    const T* a = A.get() + e * nnz();
-    double most = 0;
-    for (int64_t j = 0; j < n(); j++) {
-      double sum = 0;
-      for (int64_t q = plan.indptr[j]; q < plan.indptr[j + 1]; q++) sum += double(abs(a[q]));
-      most = std::max(most, sum);
-    }
-    return most;
   }
 };
 

@@ -11,6 +11,7 @@
 
 #include "pivoted.hpp"
 #include "refinement.hpp"
+#include "tasks.hpp"
 #include "threads.hpp"
 
 namespace spcache {
@@ -23,6 +24,7 @@ constexpr double GAIN = 0.3, GOOD = 2, ENOUGH = 32;
 // Whether refinement succeeds is tried at once beyond this, times 1 / sqrt(eps); else solves will see.
 constexpr double GROWTH_DOUBTFUL = 1e-3;
 constexpr int MOST_STEPS = 12;
+constexpr int64_t REFINED_TOGETHER = 16;  // right-hand sides, 8 of them in one pass over the matrix
 constexpr int SCALINGS = 40;  // rounds at most
 // A smallest pivot below this (double, entries being about 1) asks for an estimate of the condition number.
 constexpr double WEAK_PIVOT = 1e-10, WEAK_PIVOT_SINGLE = 1e-5;
@@ -51,19 +53,19 @@ inline bool balance(double& factor, double top, int limit) {
   return now != old;
 }
 
-// The size of the residual of row i with sum of magnitudes `size` = (|A| |x| + |b|)_i and `row` = |A_i|; `top` is the
-// largest |x|. Where that divisor is nothing but rounding, |A_i| |x| takes its place (M. Arioli, J. W. Demmel, I. S. Duff
-// 1989, "Solving sparse linear systems with sparse backward error", doi:10.1137/0610013).
+// The size of residuals r [n], `ld` apart, of rows with sums of magnitudes `size` = |A| |x| + |b| and `row` = |A_i|; `top`
+// is the largest |x|. Where that divisor is nothing but rounding, |A_i| |x| takes its place (M. Arioli, J. W. Demmel,
+// I. S. Duff 1989, "Solving sparse linear systems with sparse backward error", doi:10.1137/0610013).
 template <class T>
-double worst_error(int64_t n, const T* r, const Real<T>* size, const Real<T>* row, Real<T> top) {
+double worst_error(int64_t n, const T* r, const Real<T>* size, int64_t ld, const Real<T>* row, Real<T> top) {
   using R = Real<T>;
   constexpr R EPS = std::numeric_limits<R>::epsilon();
   double worst = 0;
   for (int64_t i = 0; i < n; i++) {
-    const R error = part(r[i]);
+    const R error = part(r[i * ld]);
     if (error == 0) continue;
     const R other = row[i] * top;
-    R divisor = size[i];
+    R divisor = size[i * ld];
     if (divisor < R(1000) * EPS * other) divisor += other;
     const double ratio = double(error) / double(divisor);
     if (!(ratio <= DBL_MAX)) return std::numeric_limits<double>::infinity();
@@ -81,11 +83,12 @@ class PivotedOf : public Base {
   using Base::failed, Base::refined, Base::reports, Base::verdict;
 
   const PivotedPlan& base;
-  const std::vector<int64_t>& indptr;  // [n + 1]
-  std::unique_ptr<T[]> A;              // [batch, nnz]
+  const std::vector<int64_t>& indptr;   // [n + 1]
+  const std::vector<int32_t>& indices;  // [nnz]
+  std::unique_ptr<T[]> A;               // [batch, nnz]
 
-  PivotedOf(const PivotedPlan& plan, const std::vector<int64_t>& columns, int64_t batch)
-      : base(plan), indptr(columns), A(new T[batch * columns.back()]) {
+  PivotedOf(const PivotedPlan& plan, const std::vector<int64_t>& columns, const std::vector<int32_t>& rows, int64_t batch)
+      : base(plan), indptr(columns), indices(rows), A(new T[batch * columns.back()]) {
     failed.assign(batch, 0);
     verdict.assign(batch, SINGULAR);
     reports.resize(batch);
@@ -101,10 +104,9 @@ class PivotedOf : public Base {
   // x = A^-1 b for the f-th scaled matrix as its factor has it, or A^-H b.
   virtual void direct(int64_t f, const T* b, T* x, int64_t width, bool adjoint, const Schedule&, PivotedWorkspace&,
                       int threads) const = 0;
-  // r = b - A x for column c of [n, width], A scaled. Returns the `worst_error`.
-  virtual double residual(int64_t f, const T* b, const T* x, int64_t width, int64_t c, bool adjoint, T* r, R* size,
-                          R* row) const = 0;
-  virtual double norm(int64_t e) const = 0;  // of the scaled matrix, the 1-norm
+  // What a stored entry (i, j) does in products with A or A^H: it stands at (i, j), it or its conjugate stands at (j, i).
+  struct Sides { bool here, mirrored, conjugated; };
+  virtual Sides sides(bool adjoint) const = 0;
 
   // The first column with an entry that is not finite, -1 where there is none.
   int64_t not_finite(const T* a) const {
@@ -128,32 +130,50 @@ class PivotedOf : public Base {
   // the columns is not as good as it should be.
   int64_t refine(int64_t f, const T* b, T* x, int64_t width, bool adjoint, const Schedule& schedule,
                  PivotedWorkspace& work, int threads) const {
-    T* const r = static_cast<T*>(work.buffer(PivotedWorkspace::REFINEMENT, n() * int64_t(3 * sizeof(T) + 2 * sizeof(R))));
-    T *const d = r + n(), *const best = d + n();
-    R *const size = reinterpret_cast<R*>(best + n()), *const row = size + n();
-    int64_t most = 0;
-    bool good = true;
-    for (int64_t c = 0; c < width; c++) {
-      double error = residual(f, b, x, width, c, adjoint, r, size, row);
-      int64_t steps = 0;
-      while (!(error <= GOOD * EPS) && steps < MOST_STEPS) {
-        for (int64_t i = 0; i < n(); i++) best[i] = x[i * width + c];
-        direct(f, r, d, 1, adjoint, schedule, work, threads);
-        for (int64_t i = 0; i < n(); i++) x[i * width + c] += d[i];
-        steps++;
-        const double now = residual(f, b, x, width, c, adjoint, r, size, row);
-        if (!(now < error)) {
-          for (int64_t i = 0; i < n(); i++) x[i * width + c] = best[i];
-          break;
+    const int lanes = width == 1 ? 1 : width <= 4 ? 4 : 8;
+    const auto residual = lanes == 1 ? &PivotedOf::residual_of<1>
+                          : lanes == 4 ? &PivotedOf::residual_of<4> : &PivotedOf::residual_of<8>;
+    const int64_t most = std::min((width + lanes - 1) / lanes * lanes, REFINED_TOGETHER);
+    T* const y = static_cast<T*>(
+        work.buffer(PivotedWorkspace::REFINEMENT, n() * int64_t(most * (3 * sizeof(T) + sizeof(R)) + most / lanes * sizeof(R))));
+    T *const d = y + n() * most, *const r = d + n() * most;
+    R *const size = reinterpret_cast<R*>(r + n() * most), *const row = size + n() * most;
+    double error[REFINED_TOGETHER], now[REFINED_TOGETHER];
+    bool active[REFINED_TOGETHER], better[REFINED_TOGETHER], good = true;
+    int64_t steps = 0;
+    for (int64_t c = 0; c < width; c += most) {
+      const int64_t count = std::min(width - c, most), ld = (count + lanes - 1) / lanes * lanes;
+      auto residuals = [&](const T* of, double* errors) {
+        share(ld / lanes, stored() < PARALLEL_SOLVE_FROM ? 1 : threads, [&](int64_t i, int) {
+          const int64_t l = i * lanes, columns = std::min<int64_t>(count - l, lanes);
+          (this->*residual)(f, b + c + l, width, columns, of + l, ld, adjoint, r + l, size + l, row + i * n(), errors + l);
+        });
+      };
+      for (int64_t i = 0; i < n(); i++)
+        for (int64_t l = 0; l < ld; l++) y[i * ld + l] = l < count ? x[i * width + c + l] : T(0);
+      residuals(y, error);
+      for (int64_t l = 0; l < ld; l++) active[l] = l < count && !(error[l] <= GOOD * EPS);
+      for (int step = 1; step <= MOST_STEPS && std::find(active, active + ld, true) != active + ld; step++) {
+        direct(f, r, d, ld, adjoint, schedule, work, threads);
+        for (int64_t i = 0; i < n() * ld; i++) d[i] += y[i];
+        residuals(d, now);
+        for (int64_t l = 0; l < ld; l++) {
+          better[l] = active[l] = active[l] && now[l] < error[l];
+          if (!better[l]) continue;
+          const bool slow = now[l] > GAIN * error[l], stalled = now[l] > 0.9 * error[l];
+          active[l] = !(now[l] <= GOOD * EPS || stalled || (slow && now[l] <= ENOUGH * EPS));
+          error[l] = now[l];
         }
-        const bool slow = now > GAIN * error, stalled = now > 0.9 * error;
-        error = now;
-        if (stalled || (slow && error <= ENOUGH * EPS)) break;
+        for (int64_t i = 0; i < n(); i++)
+          for (int64_t l = 0; l < ld; l++)
+            if (better[l]) y[i * ld + l] = d[i * ld + l];
+        steps = std::max<int64_t>(steps, step);
       }
-      good &= error <= ENOUGH * EPS;
-      most = std::max(most, steps);
+      for (int64_t i = 0; i < n(); i++)
+        for (int64_t l = 0; l < count; l++) x[i * width + c + l] = y[i * ld + l];
+      for (int64_t l = 0; l < count; l++) good &= error[l] <= ENOUGH * EPS;
     }
-    return good ? most : ~most;
+    return good ? steps : ~steps;
   }
 
  private:
@@ -188,6 +208,75 @@ class PivotedOf : public Base {
                !(condition(e, schedule, work, threads) <= 1 / EPS)) {
       failed[e] = caller(report.weak);
     }
+  }
+
+  // r = b - A x of columns x [n, columns], A scaled, all arrays but b (`width`) and row [n] with rows `ld` apart and room
+  // for LANES columns in each; their `worst_error`s.
+  template <int LANES>
+  void residual_of(int64_t f, const T* b, int64_t width, int64_t columns, const T* x, int64_t ld, bool adjoint, T* r, R* size,
+                R* row, double* error) const {
+    const T* const a = A.get() + f * nnz();
+    const Sides side = sides(adjoint);
+    R top[LANES] = {};
+    for (int64_t i = 0; i < n(); i++) {
+      row[i] = 0;
+      for (int l = 0; l < LANES; l++) {
+        const T v = l < columns ? b[i * width + l] : T(0);
+        r[i * ld + l] = v;
+        size[i * ld + l] = part(v);
+        const R z = part(x[i * ld + l]);
+        if (!(z <= top[l])) top[l] = z;
+      }
+    }
+    for (int64_t j = 0; j < n(); j++) {
+      T y[LANES], sum[LANES];
+      R v[LANES], sizes[LANES], rows = 0;
+      for (int l = 0; l < LANES; l++) {
+        y[l] = x[j * ld + l];
+        v[l] = part(y[l]);
+        sum[l] = T(0);
+        sizes[l] = 0;
+      }
+      for (int64_t e = indptr[j]; e < indptr[j + 1]; e++) {
+        const int64_t i = indices[e];
+        const R w = part(a[e]);
+        if (side.here) {
+          for (int l = 0; l < LANES; l++) {
+            r[i * ld + l] -= a[e] * y[l];
+            size[i * ld + l] += w * v[l];
+          }
+          row[i] += w;
+          if (i == j) continue;
+        }
+        if (side.mirrored) {
+          const T mirrored = side.conjugated ? conj(a[e]) : a[e];
+          for (int l = 0; l < LANES; l++) {
+            sum[l] += mirrored * x[i * ld + l];
+            sizes[l] += w * part(x[i * ld + l]);
+          }
+          rows += w;
+        }
+      }
+      for (int l = 0; l < LANES; l++) {
+        r[j * ld + l] -= sum[l];
+        size[j * ld + l] += sizes[l];
+      }
+      row[j] += rows;
+    }
+    for (int l = 0; l < columns; l++) error[l] = worst_error(n(), r + l, size + l, ld, row, top[l]);
+  }
+
+  // The 1-norm of the scaled matrix.
+  double norm(int64_t e) const {
+    const T* const a = A.get() + e * nnz();
+    std::vector<double> sums(n(), 0);
+    for (int64_t j = 0; j < n(); j++)
+      for (int64_t q = indptr[j]; q < indptr[j + 1]; q++) {
+        const double v = double(abs(a[q]));
+        sums[j] += v;
+        if (sides(false).mirrored && indices[q] != j) sums[indices[q]] += v;
+      }
+    return *std::max_element(sums.begin(), sums.end());
   }
 
   T* probes(PivotedWorkspace& work) const {  // three vectors
