@@ -269,15 +269,26 @@ def flow(*sides: int, name: str) -> Case:
     return assemble_entries(name, "symmetric", len(edges) + nodes, (edge[:, None], edge[:, None], barrier), fixed)
 
 
-def sequence(file: str, name: str) -> Case:
-    """A captured sequence of symmetric matrices of tests/data or SPCACHE_DATA."""
+def sequence(file: str, name: str, kind: str = "symmetric") -> Case:
+    """A captured sequence of matrices of tests/data or SPCACHE_DATA."""
     found = data_files().load_sequence(file)
     n = int(found["shape"][0])
     rows = np.repeat(np.arange(n), np.diff(found["indptr"]))
-    indices = np.stack([rows, found["indices"]]).astype(np.int64)
+    return captured(name, kind, n, np.stack([rows, found["indices"]]), np.asarray(found["data"]))
+
+
+def captured(name: str, kind: str, n: int, indices: Array, data: Array) -> Case:
     b, w = np.random.default_rng(0).standard_normal((2, n))
     nothing = np.empty(0)
-    return Sequence(name, "symmetric", n, indices, b, w, nothing, nothing, nothing, data=np.asarray(found["data"]))
+    return Sequence(name, kind, n, indices.astype(np.int64), b, w, nothing, nothing, nothing, data=data)
+
+
+def matrix(file: str, name: str) -> Case:
+    """A general matrix of tests/data, whose entries change by some percent in each step."""
+    A = data_files().load_matrix(file).tocsr()  # sums duplicates
+    A = A.tocoo()
+    changes = 1 + 0.02 * np.random.default_rng(0).standard_normal((8, A.nnz))
+    return captured(name, "general", A.shape[0], np.stack([A.row, A.col]), A.data * changes)
 
 
 def batch_of(systems: int, build: Callable[[], Case], name: str) -> Case:
@@ -307,6 +318,10 @@ CASES: dict[str, Callable[[], Case]] = {
     "grid60^3": partial(grid, 60, 60, 60, name="grid60^3"),
     "convection1e4": partial(convection, 100, "convection1e4"),
     "convection1e5": partial(convection, 316, "convection1e5"),
+    "powerflow": partial(sequence, "powerflow_case1354pegase", "powerflow", "general"),
+    "powergrid": partial(matrix, "ACTIVSg200_AC_01", "powergrid"),
+    "adder": partial(matrix, "adder_dcop_05", "adder"),
+    "memplus": partial(matrix, "memplus", "memplus"),
     "cvxqp1": partial(sequence, "ipm_kkt_CVXQP1_M", "cvxqp1"),
     "stokes1e4": partial(stokes, 58, 58, name="stokes1e4"),
     "control1e4": partial(control, 58, 58, name="control1e4"),

@@ -21,6 +21,7 @@ MESH4, MESH5, ELASTIC = of(5, 2, 3, 5), of(5, 2.2, 3, 4), of(2.5, 1.5, 2, 2.2)
 CONVECTION = Target({"refactorize": 2.5, "step": 2.5})
 TINY = Target({"step": 1}, rival="scikit-sparse")
 INDEFINITE = Target({"refactorize": 2, "step": 2})
+CIRCUIT = Target({"refactorize": 0.95}, rival="klu")
 ANYBODY = Target({})
 TARGETS: dict[str, Target] = {
     "tiny10": TINY,
@@ -35,6 +36,7 @@ TARGETS: dict[str, Target] = {
     "mountain": MESH5,
     "convection1e4": CONVECTION,
     "convection1e5": CONVECTION,
+    **dict.fromkeys(["powerflow", "powergrid", "adder", "memplus"], CIRCUIT),
     "grid1e6": of(3.5, 2, 2.5, 3),
     "grid20^3": of(4, 1.7, 2.5, 3.5),
     "rod300x33": ELASTIC,

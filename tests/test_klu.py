@@ -215,6 +215,56 @@ def test_old_pivots_are_used_again():
 
 
 @pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_new_values_with_old_pivots(dtype, wide):
+    """Blocks of one row and of many, entries above them, and rows of all sizes: those of subnormal numbers too."""
+    rng = np.random.default_rng(21)
+    blocks = sp.block_diag([sp.random_array((k, k), density=0.3, rng=rng) for k in (25, 1, 1, 40)]).tolil()
+    blocks[:25, 25:] = sp.random_array((25, 42), density=0.1, rng=rng)
+    n = blocks.shape[0]
+    system = System(blocks + sp.diags_array(rng.random(n) + 1), wide=wide)
+    order = rng.permutation(n)
+    system = System(csc(system.pattern)[order][:, rng.permutation(n)], wide=wide)
+    assert system.plan.largest_block == 40
+    values = (numbers(rng, 3 * system.nnz, dtype) * 0.2).reshape(3, -1) + system.pattern.data
+    values = values.astype(dtype)
+    b = numbers(rng, n * 3, dtype).reshape(1, n, 3)
+    storage = system.factorize(values[0])
+    double = np.finfo(dtype).bits == 64
+    powers = (0, -1060 if double else -140, 1000 if double else 100)  # of 2
+    for power, new in zip(powers, values, strict=True):
+        exponents = np.where(rng.random(n) < 0.3, power, 0)
+        rows, back = np.ldexp(1.0, exponents), np.ldexp(1.0, -exponents // 2)  # whose square is 1 / rows
+        scaled = (rows[system.pattern.indices] * new).astype(dtype)
+        c = (rows[:, None] * b).astype(dtype)
+        system.factorize(scaled, storage, check=False)
+        assert storage.refactorized and storage.failures() is None
+        of_entries = back[system.pattern.indices]
+        A = system.matrix(scaled.astype(np.complex128) * of_entries * of_entries)
+        d = c[0].astype(np.complex128) * back[:, None] * back[:, None]
+        assert residual(A, system.solve(storage, c)[0], d) < 1e3
+        if power == 0:
+            assert residual(A.conj().T, system.solve(storage, b, adjoint=True)[0], b[0]) < 1e3
+
+
+def test_the_diagonal_is_preferred_while_pivots_stay_stable():
+    """KLU's own tolerance keeps the fill that was predicted; where it is not stable, a strict one takes its place, and
+    is kept."""
+    rng = np.random.default_rng(22)
+    half = sp.random_array((200, 200), density=0.01, rng=rng)
+    system = System(half + half.T + sp.eye_array(200))
+    diagonal = system.pattern.indices == np.repeat(np.arange(200), np.diff(system.pattern.indptr))
+    values = rng.standard_normal(system.nnz)
+    weak = np.where(diagonal, 0.05, values)
+    good = system.factorize(np.where(diagonal, 3.0, values))
+    assert good.nnz == system.plan.nnz and good.report(0)["growth"] >= 0.05
+    poor = system.factorize(weak)
+    assert poor.nnz > system.plan.nnz and poor.report(0)["growth"] > 1e-2
+    b = rng.standard_normal((1, 200, 1))
+    assert residual(system.matrix(weak), system.solve(poor, b)[0], b[0]) < 100
+
+
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("dtype", [np.float64, np.complex128])
 def test_failed_pivots_are_chosen_anew(dtype, wide):
     system = System(BAD != 0, wide=wide)

@@ -5,6 +5,7 @@ from cases import Case
 from peers.anew import Cholespy, SuperLU, TorchSla
 from peers.base import CORES, Configuration, Loop, Peer
 from peers.cholmod import Cvxopt, CvxoptAvx512, ScikitSparse, ScikitSparseAvx512
+from peers.klu import Klu
 from peers.klujax import Klujax
 from peers.ours import Spcache, SpcacheGeneral, SpcacheSingle
 from peers.pardiso import Pardiso
@@ -13,7 +14,7 @@ __all__ = ["CORES", "PEERS", "Configuration", "Peer", "make"]
 
 KINDS = (
     Spcache, SpcacheSingle, Cvxopt, CvxoptAvx512, ScikitSparse, ScikitSparseAvx512,
-    Pardiso, SpcacheGeneral, SuperLU, Cholespy, Klujax, TorchSla,
+    Pardiso, SpcacheGeneral, SuperLU, Cholespy, Klu, Klujax, TorchSla,
 )  # fmt: skip
 PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in KINDS}
 

@@ -3,7 +3,7 @@
 // KLU (SuiteSparse, LGPL, linked as a shared library) factors R^-1 P A Q = L U + F: R scales the rows to a largest
 // entry of 1, Q and the blocks come from the analysis, P from partial pivoting, F is what lies above the blocks. Where
 // says singular, and entries are far apart in size, rows and columns of A are scaled by powers of two before.
-// `klu_factor` chooses pivots; `klu_refactor` uses them again for new values; KLU itself cannot copy a factor.
+// `klu_factor` chooses pivots; `refactor` below, not KLU's, uses them again for new values; KLU cannot copy a factor.
 // All numbers are double or complex double here: float32 and complex64 are converted at the door.
 #pragma once
 #include <float.h>
@@ -23,10 +23,11 @@
 
 namespace spcache {
 
-// The diagonal is preferred as pivot down to this part of the largest entry of its column. KLU's own 0.001 leaves
-// scaled residuals of up to 2e8 eps on the interior-point matrices under tests/data; 0.3 leaves 40 eps. Its fill: the
-// same on memplus and fidap007, 20 % more on the power flow, 50-85 % more on most indefinite matrices.
-constexpr double PIVOT_TOLERANCE = 0.3;
+// The diagonal is preferred as pivot down to this part of the largest entry of its column: KLU's own 0.001 as long as the
+// reciprocal pivot growth of fresh pivots is at least GROWTH_LOOSE, which it is for circuits, power flows and meshes, else
+// 0.3. The interior-point matrices under tests/data have scaled residuals of up to 2e8 eps with 0.001, 40 eps with 0.3; the
+// fill of 0.3 is the same on memplus, 20 % more on the power flow, 50-85 % more on most indefinite matrices.
+constexpr double LOOSE_TOLERANCE = 0.001, STRICT_TOLERANCE = 0.3, GROWTH_LOOSE = 0.05;
 
 // What a look at the pivots says (`check`). Reciprocal pivot growth of GROWTH_GOOD (fresh pivots) or GROWTH_KEPT (old
 // ones; fresh ones reach 0.02 at worst on the real matrices): solves are left as they are, with scaled residuals up to
@@ -68,7 +69,6 @@ template <bool wide, class T> struct Klu;
 #define SPCACHE_KLU(WIDE, NUMBER, PREFIX) \
   template <> struct Klu<WIDE, NUMBER> : KluIndex<WIDE> { \
     static constexpr auto* factor = PREFIX##factor; \
-    static constexpr auto* refactor = PREFIX##refactor; \
     static constexpr auto* solve = PREFIX##solve; \
     static constexpr auto* tsolve = PREFIX##tsolve; \
     static constexpr auto* free_numeric = PREFIX##free_numeric; \
@@ -143,7 +143,6 @@ class AnalysisOf final : public Analysis {
   template <class P, class R, class G>
   AnalysisOf(int64_t order, const P* Ap, const R* Ai, int ordering, const G* permutation) : AnalysisOf(order, Ap, Ai) {
     K::defaults(&common);
-    common.tol = PIVOT_TOLERANCE;
     common.ordering = ordering;
     if (permutation) given.assign(permutation, permutation + n);
     // Rows go the way of columns: the blocks are then those of the matrix whatever its diagonal.
@@ -239,10 +238,12 @@ class FactorsOf final : public Factors {
   struct Factor {
     Numeric* numeric = nullptr;     // owned; null: no pivots yet
     double rcond = 0;               // of the pivots, in the last factorization with fresh ones
+    bool strict = false;            // pivots are chosen with STRICT_TOLERANCE
     std::vector<double> scale;      // [2 n] powers of two for rows and columns of A; empty: ones
   };
   struct Pivots {
-    double smallest, rcond;  // min |u_kk|, min |u_kk| / max |u_kk| (0 where one is not finite)
+    double smallest = 0, rcond = 0;  // min |u_kk|, min |u_kk| / max |u_kk| (0 where one is not finite)
+    double growth = 0;               // see `growth`
   };
   struct Outcome {
     int status;            // of KLU
@@ -263,8 +264,8 @@ class FactorsOf final : public Factors {
   }
   FactorsOf(const FactorsOf&) = delete;
 
-  int64_t work_bytes() const override {  // the values of A; or for 4 columns, X of KLU and the right-hand sides
-    const int64_t bytes = int64_t(sizeof(T)) * std::max(int64_t(plan.indices.size()), 8 * plan.n);
+  int64_t work_bytes() const override {  // the values of A and scale factors; or for 4 columns, X of KLU and b
+    const int64_t bytes = int64_t(sizeof(T)) * std::max(int64_t(plan.indices.size()) + plan.n, 8 * plan.n);
     return (bytes + 63) / 64 * 64;  // threads do not share a cache line
   }
   int factorizing(int threads) const override {
@@ -363,16 +364,15 @@ class FactorsOf final : public Factors {
     Common common = plan.common;
     *column = 0;  // until it has a factor
     if (!f.numeric && donor && donor->numeric) {
-      f = {copy(*donor->numeric, common), donor->rcond, donor->scale};
+      f = {copy(*donor->numeric, common), donor->rcond, donor->strict, donor->scale};
       if (!f.numeric) return {KLU_OUT_OF_MEMORY, false, false};
     }
     const bool old = f.numeric;
     if (!old) f.scale.clear();  // of values that had no factor
     if (old) {
       if (!f.scale.empty()) scale_matrix(A, f.scale);
-      bool complete = K::refactor(Ap(), Ai(), numbers(A), plan.symbolic, f.numeric, &common);
-      if (common.status < KLU_OK) return {int(common.status), false, false};
-      if (complete && old_pivots_hold(f, A, check, look)) {
+      const Pivots pivots = refactor(*f.numeric, A, reinterpret_cast<double*>(A + plan.indices.size()));
+      if (old_pivots_hold(f, A, pivots, check, look)) {
         *column = -1;
         return {KLU_OK, true, false};
       }
@@ -390,7 +390,15 @@ class FactorsOf final : public Factors {
     Common common = plan.common;
     look = Look();
     *column = 0;
-    f.numeric = K::factor(Ap(), Ai(), numbers(A), plan.symbolic, &common);
+    double grown = 0;
+    for (bool chosen = false; !chosen; f.strict |= !chosen) {
+      common.tol = f.strict ? STRICT_TOLERANCE : LOOSE_TOLERANCE;
+      f.numeric = K::factor(Ap(), Ai(), numbers(A), plan.symbolic, &common);
+      if (!f.numeric && common.status < KLU_OK) return {int(common.status), false, false};
+      if (f.numeric) grown = growth(*f.numeric, A);
+      chosen = f.strict || (f.numeric && grown >= GROWTH_LOOSE);
+      if (!chosen) release(f);
+    }
     if (!f.numeric) {
       if (common.status == KLU_SINGULAR) *column = common.singular_col;  // numbered as the caller does
       return {int(common.status), false, false};
@@ -399,13 +407,104 @@ class FactorsOf final : public Factors {
     f.rcond = pivots.rcond;
     *column = -1;
     if (check) {
-      look.growth = growth(*f.numeric, A);
+      look.growth = grown;
       look.doubtful = !(look.growth >= GROWTH_GOOD);
       *column = singular_column(*f.numeric, pivots, A, look);
     }
     if (*column >= 0) release(f);
     return {KLU_OK, false, false};
   }
+
+  // Factors A with the pivots of N, as klu_refactor does (T. A. Davis, E. Palamadai Natarajan 2010, "Algorithm 907: KLU",
+  // doi:10.1145/1824801.1824814), column by column, left-looking, into the arrays of N; and looks at the pivots meanwhile.
+  // reciprocal: scratch [n].
+  Pivots refactor(const Numeric& N, const T* A, double* reciprocal) const {
+    const auto& s = *plan.symbolic;
+    const Int *const Ap = plan.indptr.data(), *const Ai = plan.indices.data(), *const Pinv = N.Pinv, *const Q = s.Q;
+    double* const Rs = static_cast<double*>(N.Rs);
+    T *const X = static_cast<T*>(N.Xwork), *const diagonal = static_cast<T*>(N.Udiag), *off = static_cast<T*>(N.Offx);
+    memset(Rs, 0, sizeof(double) * size_t(plan.n));
+    for (size_t p = 0; p < plan.indices.size(); p++) {
+      double& most = Rs[Pinv[Ai[p]]];
+      most = std::max(most, double(abs(A[p])));
+    }
+    bool tiny = false;
+    for (int64_t i = 0; i < plan.n; i++) {
+      if (Rs[i] == 0) Rs[i] = 1;
+      tiny |= Rs[i] < DBL_MIN;
+      reciprocal[i] = 1 / Rs[i];
+    }
+    memset(static_cast<void*>(X), 0, sizeof(T) * size_t(s.maxblock));
+    double smallest = INFINITY, largest = 0, least = 1, poison = 0;  // 0 * u: NaN where an entry of U is not finite
+    for (Int block = 0; block < s.nblocks; block++) {
+      const Int begin = s.R[block], end = s.R[block + 1];
+      T* const LU = static_cast<T*>(N.LUbx[block]);
+      for (Int k = begin; k < end; k++) {
+        double before = 0, after = 0;
+        for (Int p = Ap[Q[k]]; p < Ap[Q[k] + 1]; p++) {
+          const Int row = Pinv[Ai[p]];
+          const T a = tiny ? over(A[p], Rs[row]) : reciprocal[row] * A[p];
+          if (row < begin) {
+            *off++ = a;
+          } else {
+            X[row - begin] = a;
+            before = std::max(before, part(a));
+          }
+        }
+        T* U = nullptr;
+        const int64_t count = end - begin == 1 ? 0 : N.Ulen[k];
+        if (count) {
+          const Int* const Ui = reinterpret_cast<const Int*>(LU + N.Uip[k]);
+          U = LU + N.Uip[k] + units(count);
+          for (int64_t q = 0; q < count; q++) {
+            const Int j = Ui[q];
+            const T u = X[j];
+            X[j] = T(0.0);
+            U[q] = u;
+            after = std::max(after, part(u));
+            poison += 0 * part(u);
+            const T* const L = LU + N.Lip[begin + j];
+            const int64_t rows = N.Llen[begin + j];
+            const Int* const Li = reinterpret_cast<const Int*>(L);
+            const T* const Lx = L + units(rows);
+            for (int64_t p = 0; p < rows; p++) X[Li[p]] -= Lx[p] * u;
+          }
+        }
+        const T pivot = X[k - begin];
+        X[k - begin] = T(0.0);
+        diagonal[k] = pivot;
+        const double size = abs(pivot);
+        poison += 0 * size;
+        smallest = std::min(smallest, size);
+        largest = std::max(largest, size);
+        if (end - begin == 1) continue;
+        if (size < 8 * DBL_MIN) return {};  // its inverse might overflow
+        const T inverse = inverse_of(pivot);
+        T* const L = LU + N.Lip[k];
+        const int64_t rows = N.Llen[k];
+        const Int* const Li = reinterpret_cast<const Int*>(L);
+        T* const Lx = L + units(rows);
+        for (int64_t p = 0; p < rows; p++) {
+          Lx[p] = inverse * X[Li[p]];
+          X[Li[p]] = T(0.0);
+        }
+        after = std::max(after, part(pivot));
+        if (after > 0 && before < least * after) least = before / after;
+      }
+    }
+    if (poison != 0) return {smallest, 0, 0};
+    return {smallest, smallest / largest, least};
+  }
+  static double over(double a, double b) { return a / b; }
+  static Complex<double> over(Complex<double> a, double b) { return {a.re / b, a.im / b}; }
+  static double inverse_of(double a) { return 1 / a; }
+  static Complex<double> inverse_of(Complex<double> a) {
+    const double scale = 1 / part(a);
+    const Complex<double> z = scale * a;
+    return (scale / (z.re * z.re + z.im * z.im)) * conj(z);
+  }
+  // Numbers of the factor that so many row numbers take.
+  static int64_t units(int64_t count) { return (count * int64_t(sizeof(Int)) + int64_t(sizeof(T)) - 1) / int64_t(sizeof(T)); }
 
   // [2 n] powers of two by which rows and columns of A are of about the same size; all ones where they are already.
   std::vector<double> equilibrating(const T* A) const {
@@ -435,12 +534,11 @@ class FactorsOf final : public Factors {
         A[p] = scale[plan.n + j] * (scale[plan.indices[p]] * A[p]);
   }
 
-  // After klu_refactor, which does not look at blocks of one row. check = false: only a zero pivot counts.
-  bool old_pivots_hold(const Factor& f, const T* A, bool check, Look& look) const {
-    Pivots pivots = look_at(*f.numeric);
+  // check = false: only a zero pivot counts.
+  bool old_pivots_hold(const Factor& f, const T* A, const Pivots& pivots, bool check, Look& look) const {
     if (!check) return pivots.smallest != 0;
     if (!(f.rcond > 0 && pivots.rcond > 0)) return false;
-    look.growth = growth(*f.numeric, A);
+    look.growth = pivots.growth;
     look.doubtful = !(look.growth >= GROWTH_KEPT && pivots.rcond >= RCOND_LOSS * f.rcond);
     if (look.doubtful && !(look.growth >= GROWTH_HOPELESS && probe(*f.numeric, A))) return false;
     return singular_column(*f.numeric, pivots, A, look) < 0;
@@ -455,7 +553,7 @@ class FactorsOf final : public Factors {
       if (u < smallest) smallest = u;
       if (u > largest) largest = u;
     }
-    return {smallest, finite ? smallest / largest : 0};
+    return {smallest, finite ? smallest / largest : 0, 0};
   }
 
   // Reciprocal pivot growth, min over columns of max |R^-1 A| / max |U| inside the blocks, as klu_rgrowth defines it
@@ -477,8 +575,8 @@ class FactorsOf final : public Factors {
           if (row >= begin) before = std::max(before, size / N.Rs[row]);
         }
         // A column of U: its row numbers, filled up to whole numbers of the factor, then its entries.
-        const int64_t count = N.Ulen[k], skip = (count * int64_t(sizeof(Int)) + int64_t(sizeof(T)) - 1) / int64_t(sizeof(T));
-        const double after = std::max(largest_of(numbers(LU + N.Uip[k] + skip), reals * count),
+        const int64_t count = N.Ulen[k];
+        const double after = std::max(largest_of(numbers(LU + N.Uip[k] + units(count)), reals * count),
                                       largest_of(numbers(&diagonal(N)[k]), reals));
         if (after > 0 && before < least * after) least = before / after;
       }
