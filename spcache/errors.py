@@ -61,7 +61,8 @@ class SingularMatrixError(_FactorizationError):
 class IllConditionedWarning(UserWarning):
     """A matrix has a factor and solutions with small residuals, but is singular for all that its precision can tell:
     with rows and columns scaled to largest entries of about 1, its estimated reciprocal condition number (1-norm) is
-    below the eps it is computed in, 2.2e-16 (1.2e-7 where float32 or complex64 is factorized as such).
+    below the eps it is computed in, 2.2e-16 (1.2e-7 where float32 or complex64 is factorized as such); below 32 eps for
+    the engines "ldl" and "lu", whose estimates of singular matrices may be as large as that.
 
     Given once per factorization, with check=True, on the CPU. The condition number is estimated where pivots are small;
     no warning is therefore no proof. `Factor.rcond` and `stats.rcond` have it.

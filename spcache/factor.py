@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._pattern import Assembly, Loan, ValuesCopy
 from .convention import NONE, TRANSPOSED, Convention
-from .engines import klu, ldl, multifrontal
+from .engines import klu, ldl, lu, multifrontal
 from .engines.protocol import DTYPE_CODES, Failure, Storage, SymbolicFactor
 from .errors import MODIFIED, SingularMatrixError
 from .handles import factor_handle
@@ -35,6 +35,9 @@ Careful: TypeAlias = "weakref.WeakMethod[Callable[[Tensor, NumericFactor], Numer
 
 # Pivots of a Cholesky factor so far apart ask for the condition number; in single precision, and in double.
 _SPREAD = tuple(torch.finfo(dtype).eps ** (2 / 3) for dtype in (torch.float32, torch.float64))
+
+# Of a matrix that is singular to rounding, with pivots chosen inside of fronts, the estimate is at most so many eps.
+_LOW_RCOND = 32
 
 # Idle storages a pool keeps: fresh memory costs page faults at every step.
 KEEP_IDLE = 4
@@ -210,14 +213,16 @@ class NumericFactor:
             if storage.spread() < _SPREAD[self.code % 2] and self.code == DTYPE_CODES[self.dtype]:
                 values = self._factorized().view(storage.batch, -1).numpy()
                 self.rcond = rcond_of_definite(self._pool.convention, values, self._inverse)
-        elif isinstance(storage, klu.Storage) and storage.weak:
+        elif isinstance(storage, klu.Storage | ldl.Storage | lu.Storage) and storage.weak:
             self.rcond = storage.rcond
         return self.rcond
 
     @property
-    def eps(self) -> float:
-        """Of the numbers that the engine computes with."""
-        return EPS if self.plan.engine == "klu" else torch.finfo(self.dtype).eps
+    def low_rcond(self) -> float:
+        """The `rcond` below which a solution may have no correct digit: eps of the numbers that the engine computes
+        with, or so many of them that estimates of singular matrices are below it."""
+        eps = torch.finfo(self.dtype).eps
+        return EPS if self.plan.engine == "klu" else _LOW_RCOND * eps if self.plan.engine in ("ldl", "lu") else eps
 
     def _inverse(self, b: np.ndarray) -> np.ndarray:
         """A^-1 b, one vector for each matrix, by the engine alone."""
@@ -372,7 +377,7 @@ class Factor:
     @property
     def rcond(self) -> Tensor:
         """[*B; float64] estimated reciprocal condition numbers in the 1-norm, rows and columns scaled. NaN where none
-        was estimated: it is where pivots are small, with check=True, on the CPU, except of factors L D L^H."""
+        was estimated: it is where pivots are small, with check=True, on the CPU."""
         numeric = self._numeric
         if numeric is None:
             self._require_data()

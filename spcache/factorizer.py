@@ -206,14 +206,14 @@ class Factorizer:
         """Warns of a factor that may be of no use although nothing is wrong with it."""
         rcond = numeric.estimate()
         self.stats.rcond = math.nan if rcond is None else float(np.nanmin(rcond))
-        if rcond is None or not self._own or not self.stats.rcond < numeric.eps:
+        if rcond is None or not self._own or not self.stats.rcond < numeric.low_rcond:
             return
         e = int(np.nanargmin(rcond))
         where = _where(_batch_index(e, numeric.batch_shape))
         warnings.warn(
             IllConditionedWarning(
                 f"the matrix{where} has an estimated reciprocal condition number of {rcond[e]:.1e}, rows and columns "
-                f"scaled, below eps = {numeric.eps:.1e}: solutions have small residuals, but perhaps no correct digit "
+                f"scaled, below {numeric.low_rcond:.1e}: solutions have small residuals, but perhaps no correct digit "
                 "(check=False does not look)"
             ),
             stacklevel=_outside(),

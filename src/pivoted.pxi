@@ -34,7 +34,7 @@ cdef extern from "kernels/analysis.hpp" namespace "spcache" nogil:
 cdef extern from "kernels/pivoted.hpp" namespace "spcache" nogil:
     cdef struct Report:
         int64_t positive, negative, replaced
-        double growth, multiplier, weakest
+        double growth, multiplier, weakest, rcond
     cdef cppclass PivotedPlan:
         Plan plan
         int64_t nbytes()
@@ -254,6 +254,21 @@ cdef class PivotedStorage:
         """Per matrix 0, 1 for singular, 2 for a factor that cannot be trusted."""
         cdef int64_t e
         return [self.factors.get().verdict[e] if self.factors.get().failed[e] >= 0 else 0 for e in range(self.batch)]
+
+    @property
+    def weak(self):
+        """Whether small pivots of some matrix gave reason to estimate its condition number."""
+        cdef int64_t e
+        cdef bool weak = False
+        for e in range(self.batch):
+            weak |= self.factors.get().reports[e].rcond == self.factors.get().reports[e].rcond  # not NaN
+        return weak
+
+    @property
+    def rcond(self):
+        """[batch; float64] estimated reciprocal condition numbers; NaN where no pivot gave reason to estimate."""
+        cdef int64_t e
+        return numpy.array([self.factors.get().reports[e].rcond for e in range(self.batch)])
 
     def report(self, int64_t e):
         """What the pivots of one matrix were like."""

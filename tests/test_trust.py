@@ -161,7 +161,9 @@ def test_nearly_singular(kind, precision):
                 continue
         assert scaled_residual(double(A), x[:, None], b[:, None]) <= C * EPS
         assert digits < 17 or seen, "a matrix that is singular to working precision must not pass in silence"
-        assert not seen or (digits >= 14 and system.stats.rcond < EPS)
+        assert not seen or (
+            digits >= 14 and system.stats.rcond < (32 if system.stats.engine in ("ldl", "lu") else 1) * EPS
+        )
 
 
 def definite_but_barely():
@@ -181,7 +183,7 @@ def test_ill_conditioned_warning(dynamo):
     rows, columns = np.nonzero(A)
     system = SparseSystem(np.stack([rows, columns]), len(A), kind="spd")
     values, b = double(A[rows, columns]), torch.ones(len(A), dtype=torch.float64)
-    with pytest.warns(IllConditionedWarning, match="reciprocal condition number of .*e-1[789], .* below eps") as seen:
+    with pytest.warns(IllConditionedWarning, match="reciprocal condition number of .*e-1[789], .* below") as seen:
         factor = system.factorize(values)
     assert len(seen) == 1 and seen[0].filename == __file__
     x = factor.solve(b)
@@ -240,6 +242,7 @@ def scaled_back(A, D, E, x, b):
     return scaled_residual(double(A), (x * double(E))[:, None], (b / double(D))[:, None])
 
 
+@pytest.mark.filterwarnings("ignore::spcache.IllConditionedWarning")  # equilibration may leave it badly scaled
 @settings(max_examples=40)
 @given(st.integers(2, 25), st.integers(0, 10**6), st.sampled_from([0, 20, 75]), st.sampled_from(["symmetric", "hermitian", "general"]), st.booleans())  # fmt: skip
 def test_saddle_points_of_any_scale(n, seed, spread, kind, mixed):

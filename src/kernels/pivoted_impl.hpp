@@ -205,9 +205,9 @@ class PivotedOf : public Base {
     if (doubtful && probe(e, schedule, work, threads) < 0) {
       failed[e] = caller(report.weak);
       verdict[e] = UNTRUSTED;
-    } else if (report.weakest < (sizeof(R) == 4 ? WEAK_PIVOT_SINGLE : WEAK_PIVOT) &&
-               !(condition(e, schedule, work, threads) <= 1 / EPS)) {
-      failed[e] = caller(report.weak);
+    } else if (report.weakest < (sizeof(R) == 4 ? WEAK_PIVOT_SINGLE : WEAK_PIVOT)) {
+      report.rcond = 1 / condition(e, schedule, work, threads);
+      if (!(report.rcond >= EPS)) failed[e] = caller(report.weak);
     }
   }
 

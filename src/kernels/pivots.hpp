@@ -16,6 +16,7 @@ struct Report {
   double growth = 0;        // largest entry met in a column that was looked at; entries of A are at most 1
   double multiplier = 0;    // largest entry of L
   double weakest = 1e300;   // smallest pivot
+  double rcond = __builtin_nan("");  // estimated reciprocal condition number of the scaled matrix; NaN: there was no reason to
   int32_t weak = -1;        // its pivot number (before the front chose its order)
   int32_t empty = -1;       // the first pivot whose whole column had become zero
   bool finite = true;
