@@ -36,7 +36,7 @@ Careful: TypeAlias = "weakref.WeakMethod[Callable[[Tensor, NumericFactor], Numer
 # Pivots of a Cholesky factor so far apart ask for the condition number; in single precision, and in double.
 _SPREAD = tuple(torch.finfo(dtype).eps ** (2 / 3) for dtype in (torch.float32, torch.float64))
 
-# Of a matrix that is singular to rounding, with pivots chosen inside of fronts, the estimate is at most so many eps.
+# Of a matrix singular to rounding, with pivots chosen inside of fronts, the estimate is seldom more than so many eps.
 _LOW_RCOND = 32
 
 # Idle storages a pool keeps: fresh memory costs page faults at every step.

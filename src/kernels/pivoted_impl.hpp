@@ -67,7 +67,7 @@ double worst_error(int64_t n, const T* r, const Real<T>* size, int64_t ld, const
     const R other = row[i] * top;
     R divisor = size[i * ld];
     if (divisor < R(1000) * EPS * other) divisor += other;
-    if (double(error) <= worst * double(divisor)) continue;
+    if (error <= std::numeric_limits<R>::max() && double(error) <= worst * double(divisor)) continue;
     const double ratio = double(error) / double(divisor);
     if (!(ratio <= DBL_MAX)) return std::numeric_limits<double>::infinity();
     worst = std::max(worst, ratio);
