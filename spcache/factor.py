@@ -275,7 +275,8 @@ class Pool:
         return type(self)(self.n, self.plan, self.assembly, stats, self.threads, self.convention, also)
 
     def factorize(self, values: Tensor, check: bool, fresh: bool = False) -> NumericFactor:
-        """Factors contiguous `values` [*B, nnz] in storage that nobody else holds; fresh: with no pivots of others."""
+        """Factors contiguous `values` [*B, nnz] in storage that nobody else holds; fresh: by KLU,
+        with pivots chosen for them and for accuracy."""
         return self._factorize(values, check, values.dtype, NumericFactor, lambda copy: copy.address, fresh)
 
     def _factorize(
@@ -295,7 +296,9 @@ class Pool:
             storage, copy = idle.pop()
         except IndexError:
             self._make_room()
-            storage, copy = self.plan.storage(code, batch), ValuesCopy()
+            plan: Any = self.plan  # of KLU where it has to be fresh
+            storage = plan.storage(code, batch, strict=True) if fresh else plan.storage(code, batch)
+            copy = ValuesCopy()
         threads = self.threads or torch.get_num_threads()
         start = perf_counter()
         # Factored from the copy: whoever changes the values meanwhile cannot make the two differ.

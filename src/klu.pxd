@@ -45,7 +45,7 @@ cdef extern from "kernels/klu.hpp" namespace "spcache" nogil:
         int64_t n, rank, nnz
         double flops
         int64_t largest_block
-        Factors* factors(Dtype, int64_t batch) except +
+        Factors* factors(Dtype, int64_t batch, bool strict) except +
         Analysis* widened(int* status) except +
         int64_t nbytes()
     Analysis* analyze(int64_t n, const int64_t* indptr, const int32_t* indices, int ordering,

@@ -149,23 +149,24 @@ cdef class Symbolic:
 
 
 cdef class Storage:
-    """The factors of one batch of values: one klu_numeric per matrix, made by the first factorize."""
+    """The factors of one batch of values: one klu_numeric per matrix, made by the first factorize. strict: pivots are
+    chosen for accuracy, whatever fill they make."""
     cdef readonly Symbolic symbolic
     cdef readonly int64_t batch
     cdef readonly int dtype
     cdef unique_ptr[Factors] factors  # refers to an Analysis of `symbolic`
-    cdef bool wide
+    cdef bool wide, strict
 
-    def __init__(self, Symbolic symbolic, int dtype, int64_t batch):
+    def __init__(self, Symbolic symbolic, int dtype, int64_t batch, bool strict=False):
         if not 0 <= dtype < 4 or batch < 1:
             raise ValueError("unknown scalar type, or empty batch")
-        self.symbolic, self.dtype, self.batch = symbolic, dtype, batch
+        self.symbolic, self.dtype, self.batch, self.strict = symbolic, dtype, batch, strict
         self.begin(symbolic.wide.get() != NULL)
 
     cdef int begin(self, bool wide) except -1:
         """Empty storage, with the 64-bit analysis or the first one."""
         cdef Analysis* analysis = self.symbolic.wide.get() if wide else self.symbolic.first.get()
-        self.factors.reset(analysis.factors(<Dtype> self.dtype, self.batch))
+        self.factors.reset(analysis.factors(<Dtype> self.dtype, self.batch, self.strict))
         self.wide = wide
         return 0
 

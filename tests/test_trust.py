@@ -97,6 +97,31 @@ def test_refinement_that_stalls_ends_in_fresh_pivots(monkeypatch):
     assert system.stats.repivots == 1 and system.stats.factorizations == 4 and system.stats.analyses == 1
 
 
+def test_pivots_that_need_refinement_give_way_where_it_stalls(monkeypatch):
+    """A power grid: small pivots save fill and are refined; where that stalls, ones chosen for accuracy take over."""
+    A = load(load_matrix, "ACTIVSg200_AC_01")
+    indices, values = tensors(A)
+    b = double(np.random.default_rng(3).standard_normal(A.shape[0]))
+    system = SparseSystem(indices, A.shape[0], kind="general")
+    factor = system.factorize(values)
+    x = factor.solve(b)
+    assert system.stats.refinements > 0 and system.stats.repivots == 0
+    assert residual_of(A, x.numpy(), b.numpy()) <= C
+    thrifty = factor._numeric.storage.nnz
+
+    judged = type(factor._numeric)._judged
+
+    def never_good(self, steps, errors, b, select):
+        if self.storage.nnz == thrifty:
+            return ~steps
+        return judged(self, steps, errors, b, select)
+
+    monkeypatch.setattr("spcache.factor.NumericFactor._judged", never_good)
+    x = factor.solve(b)
+    assert system.stats.repivots == 1 and factor._numeric._substitute.storage.nnz > 1.4 * thrifty
+    assert residual_of(A, x.numpy(), b.numpy()) <= C
+
+
 # --- singular and nearly singular ----------------------------------------------------------------------------------------
 
 

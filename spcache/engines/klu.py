@@ -56,8 +56,9 @@ class SymbolicFactor(_klu.Symbolic):
     ) -> Assembly:
         return Assembly(nnz, slots, sources, roles, 1, None, None, weight, hermitian)
 
-    def storage(self, dtype: int, batch: int) -> Storage:
-        return Storage(self, dtype, batch)
+    def storage(self, dtype: int, batch: int, strict: bool = False) -> Storage:
+        """strict: pivots are chosen for accuracy from the start, whatever fill they make."""
+        return Storage(self, dtype, batch, strict)
 
 
 class Storage(_klu.Storage):

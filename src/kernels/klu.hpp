@@ -24,17 +24,20 @@
 namespace spcache {
 
 // The diagonal is preferred as pivot down to this part of the largest entry of its column: KLU's own 0.001 as long as the
-// reciprocal pivot growth of fresh pivots is at least GROWTH_LOOSE, which it is for circuits, power flows and meshes, else
-// 0.3. The interior-point matrices under tests/data have scaled residuals of up to 2e8 eps with 0.001, 40 eps with 0.3; the
-// fill of 0.3 is the same on memplus, 20 % more on the power flow, 50-85 % more on most indefinite matrices.
+// reciprocal pivot growth of fresh pivots is at least GROWTH_LOOSE, which it is for circuits and meshes, else 0.3: the
+// interior-point matrices under tests/data have scaled residuals of up to 2e8 eps with 0.001, 40 eps with 0.3. Where that
+// adds WORTH_REFINING entries to the factor (it can triple power grids and indefinite matrices), and a probe shows that
+// refinement makes up for the growth, it is 0.001 with refined solves.
 constexpr double LOOSE_TOLERANCE = 0.001, STRICT_TOLERANCE = 0.3, GROWTH_LOOSE = 0.05;
+constexpr int64_t WORTH_REFINING = 1 << 14;
 
 // What a look at the pivots says (`check`). Reciprocal pivot growth of GROWTH_GOOD (fresh pivots) or GROWTH_KEPT (old
 // ones; fresh ones reach 0.02 at worst on the real matrices): solves are left as they are, with scaled residuals up to
 // about 300 eps. Less than that, or a smallest pivot that has fallen much further than the largest: a doubtful factor,
-// whose solves ask for refinement. Old pivots may be doubtful only if a probe shows that refinement works, else others
-// are chosen; below GROWTH_HOPELESS without a probe.
-constexpr double GROWTH_GOOD = 1e-2, GROWTH_KEPT = 0.02, GROWTH_HOPELESS = 1e-8, RCOND_LOSS = 1e-3;
+// whose solves ask for refinement. Pivots may be doubtful only if a probe shows that refinement works, else others are
+// chosen; below GROWTH_HOPELESS without a probe. Old ones are not probed again as long as growth and smallest pivot are
+// not much worse than they were.
+constexpr double GROWTH_GOOD = 1e-2, GROWTH_KEPT = 0.02, GROWTH_HOPELESS = 1e-8, GROWTH_LOSS = 0.1, RCOND_LOSS = 1e-3;
 
 // Refinement as the probe has it: to so many eps of |A| |x| + |b|, in so many steps, each of which has to halve it.
 constexpr double REFINED = 32;
@@ -123,7 +126,7 @@ class Analysis {
   int64_t largest_block;  // rows of the largest block of the block triangular form
 
   virtual ~Analysis() = default;
-  virtual Factors* factors(Dtype, int64_t batch) const = 0;
+  virtual Factors* factors(Dtype, int64_t batch, bool strict) const = 0;  // strict: STRICT_TOLERANCE, from the start
   virtual Analysis* widened(int* status) const = 0;  // the same with 64-bit indices
   virtual int64_t nbytes() const = 0;
 };
@@ -159,7 +162,7 @@ class AnalysisOf final : public Analysis {
   ~AnalysisOf() override { K::free_symbolic(&symbolic, &common); }
   AnalysisOf(const AnalysisOf&) = delete;
 
-  Factors* factors(Dtype dtype, int64_t batch) const override;
+  Factors* factors(Dtype dtype, int64_t batch, bool strict) const override;
   Analysis* widened(int* status) const override;
   int64_t nbytes() const override {
     size_t numbers = indptr.size() + indices.size() + given.size() + 3 * size_t(n) + 1;  // and P, Q, R of KLU
@@ -237,7 +240,7 @@ class FactorsOf final : public Factors {
 
   struct Factor {
     Numeric* numeric = nullptr;     // owned; null: no pivots yet
-    double rcond = 0;               // of the pivots, in the last factorization with fresh ones
+    double growth = 0, rcond = 0;   // of the pivots, in the last factorization with fresh ones
     bool strict = false;            // pivots are chosen with STRICT_TOLERANCE
     std::vector<double> scale;      // [2 n] powers of two for rows and columns of A; empty: ones
   };
@@ -254,7 +257,8 @@ class FactorsOf final : public Factors {
   std::vector<Factor> matrices;  // [batch]
 
  public:
-  FactorsOf(const AnalysisOf<wide>& analysis, int64_t batch) : plan(analysis), matrices(batch) {
+  FactorsOf(const AnalysisOf<wide>& analysis, int64_t batch, bool strict) : plan(analysis), matrices(batch) {
+    for (Factor& f : matrices) f.strict = strict;
     failed.assign(batch, 0);
     looks.resize(batch);
     failures = batch;
@@ -277,7 +281,7 @@ class FactorsOf final : public Factors {
   int64_t nnz() const override {
     int64_t most = 0;
     for (const Factor& f : matrices)
-      if (f.numeric) most = std::max(most, int64_t(f.numeric->lnz) + f.numeric->unz + f.numeric->nzoff - plan.n);
+      if (f.numeric) most = std::max(most, entries(*f.numeric));
     return most;
   }
   int64_t nbytes() const override {
@@ -340,6 +344,7 @@ class FactorsOf final : public Factors {
 
  private:
   static int at_most(int threads, size_t pieces) { return int(std::clamp<size_t>(pieces, 1, size_t(std::max(threads, 1)))); }
+  static int64_t entries(const Numeric& N) { return int64_t(N.lnz) + N.unz + N.nzoff - N.n; }
   static double* numbers(const T* a) { return reinterpret_cast<double*>(const_cast<T*>(a)); }  // KLU only reads A
   Int* Ap() const { return const_cast<Int*>(plan.indptr.data()); }
   Int* Ai() const { return const_cast<Int*>(plan.indices.data()); }
@@ -364,7 +369,7 @@ class FactorsOf final : public Factors {
     Common common = plan.common;
     *column = 0;  // until it has a factor
     if (!f.numeric && donor && donor->numeric) {
-      f = {copy(*donor->numeric, common), donor->rcond, donor->strict, donor->scale};
+      f = {copy(*donor->numeric, common), donor->growth, donor->rcond, donor->strict, donor->scale};
       if (!f.numeric) return {KLU_OUT_OF_MEMORY, false, false};
     }
     const bool old = f.numeric;
@@ -376,6 +381,7 @@ class FactorsOf final : public Factors {
         *column = -1;
         return {KLU_OK, true, false};
       }
+      f.strict |= f.growth < GROWTH_LOOSE;  // those that need refinement have not lasted
       release(f);
     }
     for (bool again = false;; again = true) {
@@ -386,19 +392,30 @@ class FactorsOf final : public Factors {
     }
   }
 
+  // Chooses pivots for A; where there are none, `common` says why.
+  void choose(Factor& f, const T* A, double tolerance, Common& common) const {
+    common.tol = tolerance;
+    f.numeric = K::factor(Ap(), Ai(), numbers(A), plan.symbolic, &common);
+    f.growth = f.numeric ? growth(*f.numeric, A) : 0;
+  }
+
   Outcome factorize_freshly(Factor& f, const T* A, bool check, int64_t* column, Look& look) {
     Common common = plan.common;
     look = Look();
     *column = 0;
-    double grown = 0;
-    for (bool chosen = false; !chosen; f.strict |= !chosen) {
-      common.tol = f.strict ? STRICT_TOLERANCE : LOOSE_TOLERANCE;
-      f.numeric = K::factor(Ap(), Ai(), numbers(A), plan.symbolic, &common);
-      if (!f.numeric && common.status < KLU_OK) return {int(common.status), false, false};
-      if (f.numeric) grown = growth(*f.numeric, A);
-      chosen = f.strict || (f.numeric && grown >= GROWTH_LOOSE);
-      if (!chosen) release(f);
+    choose(f, A, f.strict ? STRICT_TOLERANCE : LOOSE_TOLERANCE, common);
+    if (!f.strict && common.status >= KLU_OK && !(f.growth >= GROWTH_LOOSE)) {
+      Factor strict;
+      choose(strict, A, STRICT_TOLERANCE, common);
+      if (check && f.numeric && strict.numeric && entries(*strict.numeric) >= entries(*f.numeric) + WORTH_REFINING &&
+          refinable(f.growth, *f.numeric, A)) {
+        release(strict);
+      } else {
+        release(f);
+        f.numeric = strict.numeric, f.growth = strict.growth, f.strict = true;
+      }
     }
+    if (!f.numeric && common.status < KLU_OK) return {int(common.status), false, false};
     if (!f.numeric) {
       if (common.status == KLU_SINGULAR) *column = common.singular_col;  // numbered as the caller does
       return {int(common.status), false, false};
@@ -407,7 +424,7 @@ class FactorsOf final : public Factors {
     f.rcond = pivots.rcond;
     *column = -1;
     if (check) {
-      look.growth = grown;
+      look.growth = f.growth;
       look.doubtful = !(look.growth >= GROWTH_GOOD);
       *column = singular_column(*f.numeric, pivots, A, look);
     }
@@ -539,8 +556,9 @@ class FactorsOf final : public Factors {
     if (!check) return pivots.smallest != 0;
     if (!(f.rcond > 0 && pivots.rcond > 0)) return false;
     look.growth = pivots.growth;
-    look.doubtful = !(look.growth >= GROWTH_KEPT && pivots.rcond >= RCOND_LOSS * f.rcond);
-    if (look.doubtful && !(look.growth >= GROWTH_HOPELESS && probe(*f.numeric, A))) return false;
+    const bool fell = pivots.rcond < RCOND_LOSS * f.rcond;
+    look.doubtful = look.growth < GROWTH_KEPT || fell;
+    if (look.doubtful && (fell || look.growth < GROWTH_LOSS * f.growth) && !refinable(look.growth, *f.numeric, A)) return false;
     return singular_column(*f.numeric, pivots, A, look) < 0;
   }
 
@@ -691,7 +709,8 @@ class FactorsOf final : public Factors {
 
   // Whether refinement leads to a small residual of a right-hand side of random signs. Errors as `residual`
   // (refinement.hpp) finds them.
-  bool probe(const Numeric& N, const T* A) const {
+  bool refinable(double growth, const Numeric& N, const T* A) const {
+    if (!(growth >= GROWTH_HOPELESS)) return false;
     const int64_t n = plan.n;
     std::vector<T> b(n), x(n, T(0.0)), r, work(4 * n);
     std::vector<double> size(n);
@@ -804,12 +823,12 @@ class FactorsOf final : public Factors {
 };
 
 template <bool wide>
-Factors* AnalysisOf<wide>::factors(Dtype dtype, int64_t batch) const {
+Factors* AnalysisOf<wide>::factors(Dtype dtype, int64_t batch, bool strict) const {
   switch (dtype) {
-    case FLOAT32: return new FactorsOf<wide, float>(*this, batch);
-    case FLOAT64: return new FactorsOf<wide, double>(*this, batch);
-    case COMPLEX64: return new FactorsOf<wide, Complex<float>>(*this, batch);
-    default: return new FactorsOf<wide, Complex<double>>(*this, batch);
+    case FLOAT32: return new FactorsOf<wide, float>(*this, batch, strict);
+    case FLOAT64: return new FactorsOf<wide, double>(*this, batch, strict);
+    case COMPLEX64: return new FactorsOf<wide, Complex<float>>(*this, batch, strict);
+    default: return new FactorsOf<wide, Complex<double>>(*this, batch, strict);
   }
 }
 
