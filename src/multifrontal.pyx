@@ -61,8 +61,9 @@ cdef extern from "kernels/multifrontal.hpp" namespace "spcache" nogil:
     cdef struct Kernels:
         int32_t lanes
         int64_t (*pack_size)(int64_t) noexcept nogil
+    cdef struct ColumnsView:
+        const int32_t* entry
     cdef struct Interleaving:
-        const Kernels* kernels
         int32_t width
         void (*separate)(const void*, int64_t, void**, int) noexcept nogil
     const Interleaving* interleaving_baseline(Dtype)
@@ -114,15 +115,21 @@ cdef extern from "kernels/analysis.hpp" namespace "spcache" nogil:
         const int64_t* select
     void factorize_batch(const Kernels&, const Tree&, const Schedule&, const CAssembly&, const Batch&, int64_t*,
                          const Scratch*, int)
-    void factorize_interleaved(const Interleaving&, const Tree&, const Schedule&, const CAssembly&, const Batch&, int64_t*,
-                               const Scratch*, void**, int)
-    void solve_interleaved(const Interleaving&, const Tree&, const Schedule&, const Factors&, const Batch&, int64_t, void**,
-                           void**, int)
+    void factorize_interleaved(const Interleaving&, const ColumnsView&, const CAssembly&, const Batch&, int64_t*, double*,
+                               void**, int)
+    void solve_interleaved(const Interleaving&, const ColumnsView&, const Factors&, const Batch&, int64_t, void**, int)
     void solve_batch(const Kernels&, const Tree&, const Schedule&, const Factors&, const Batch&, int64_t, void**, int)
     int64_t c_factorize "spcache::factorize"(const Kernels&, const Tree&, const Schedule&, const CAssembly&, const void*,
                                              void*, const Scratch*, int)
     void c_solve "spcache::solve"(const Kernels&, const Tree&, const Schedule&, const void*, const void*, void*, int64_t,
                                   void*, int32_t*, int)
+
+cdef extern from "kernels/columns.hpp" namespace "spcache" nogil:
+    cdef cppclass Columns:
+        Columns(const Plan&) except +
+        ColumnsView view(const Plan&)
+        int64_t entries()
+        int64_t nbytes()
 
 cdef extern from "kernels/dissection.hpp" namespace "spcache" nogil:
     int dissect(int32_t, const int64_t*, const int32_t*, int32_t*) except +
@@ -164,7 +171,6 @@ LIBRARIES = {  # what this was built with
     "CAMD": f"{CAMD_MAIN_VERSION}.{CAMD_SUB_VERSION}.{CAMD_SUBSUB_VERSION}, 32-bit indices",
     "METIS": f"{METIS_VER_MAJOR}.{METIS_VER_MINOR}.{METIS_VER_SUBMINOR}, {IDXTYPEWIDTH}-bit indices",
 }
-cdef int LAYOUTS = 6  # the four scalar types, and the two real ones of matrices side by side
 cdef int ITEMSIZE[4]
 ITEMSIZE[:] = [4, 8, 8, 16]
 
@@ -315,11 +321,10 @@ cdef class Workspace:
     """Scratch memory of one factorization: update matrices and packed blocks, for each thread its own."""
     cdef list memories
     cdef vector[Scratch] scratch  # [threads]
-    cdef Memory side              # values of matrices side by side
 
     @property
     def nbytes(self):
-        return sum([(<Memory> memory).nbytes for memory in [*self.memories, self.side]])
+        return sum([(<Memory> memory).nbytes for memory in self.memories])
 
     @staticmethod
     cdef Workspace make(const Schedule* schedule, int64_t pack_size, int64_t itemsize, int threads):
@@ -335,54 +340,46 @@ cdef class Workspace:
             scratch.update = schedule.update.data()
             scratch.queue = <int32_t*> queue.data
             new.scratch.push_back(scratch)
-        new.side = Memory(0)
         return new
 
 
 cdef class SolveWorkspace:
     """Scratch memory of one solve; see Kernels::solve and Schedule."""
     cdef Memory local, queue
-    cdef Memory side  # b and x of matrices side by side
 
     @property
     def nbytes(self):
-        return self.local.nbytes + self.queue.nbytes + self.side.nbytes
+        return self.local.nbytes + self.queue.nbytes
 
 
 cdef class Team:
-    """A schedule for a number of threads, and idle workspaces for it: a list per scalar type, and for matrices side by
-    side."""
+    """A schedule for a number of threads, and idle workspaces for it: a list for each of the four scalar types."""
     cdef unique_ptr[Schedule] schedule
     cdef int threads      # that find work
     cdef list idle        # of Workspace
     cdef list idle_solve  # of SolveWorkspace
 
-    cdef Workspace workspace(self, Storage storage, int64_t side):
-        """An idle one with so many bytes for values side by side, or a new one."""
-        cdef list idle = self.idle[storage.layout]
-        cdef Workspace found = idle.pop() if idle else None
-        if found is None:
-            found = Workspace.make(
-                self.schedule.get(), storage.kernels.pack_size(storage.symbolic.plan.get().largest_front),
-                storage.unit, self.threads)
-        if found.side.nbytes < side:
-            found.side = Memory(side)
-        return found
+    cdef Workspace workspace(self, Storage storage):
+        """An idle one, or a new one."""
+        cdef list idle = self.idle[storage.dtype]
+        if idle:
+            return idle.pop()
+        return Workspace.make(
+            self.schedule.get(), storage.kernels.pack_size(storage.symbolic.plan.get().largest_front),
+            ITEMSIZE[storage.dtype], self.threads)
 
-    cdef SolveWorkspace solve_workspace(self, Storage storage, int layout, int64_t row, int64_t side):
-        """An idle one with so many bytes for each row of a front, and for b and x side by side; or a new one."""
-        cdef list idle = self.idle_solve[layout]
+    cdef SolveWorkspace solve_workspace(self, Storage storage, int64_t row):
+        """An idle one with so many bytes for each row of a front, or a new one."""
+        cdef list idle = self.idle_solve[storage.dtype]
         cdef const Plan* plan = storage.symbolic.plan.get()
         cdef int64_t size = (plan.n + plan.row.back()) * row
         cdef SolveWorkspace found = idle.pop() if idle else None
         if found is None:
             found = SolveWorkspace()
-            found.local = found.side = Memory(0)
+            found.local = Memory(0)
             found.queue = Memory(self.schedule.get().queue_size() * sizeof(int32_t))
         if found.local.nbytes < size:
             found.local = Memory(size)
-        if found.side.nbytes < side:
-            found.side = Memory(side)
         return found
 
 
@@ -396,7 +393,9 @@ cdef class Symbolic:
     cdef unique_ptr[Plan] plan
     cdef Tree tree
     cdef int simd_level
-    cdef dict teams  # number of threads -> Team
+    cdef dict teams                   # number of threads -> Team
+    cdef unique_ptr[Columns] columns  # for matrices side by side, once there are some
+    cdef list idle                    # Memory for them that no call uses at the moment
 
     def __init__(self, Elimination elimination not None, str simd):
         available = INSTRUCTION_SETS[:best_instruction_set() + 1]
@@ -406,14 +405,29 @@ cdef class Symbolic:
         with nogil:
             self.plan.reset(new Plan(elimination.elimination.get()[0]))
             self.tree = self.plan.get().tree()
-        self.teams = {}
+        self.teams, self.idle = {}, []
+
+    cdef int find_columns(self) except -1:
+        """Makes `columns`; two threads may meet here, the first one's stay."""
+        cdef unique_ptr[Columns] columns
+        if self.columns.get() == NULL:
+            with nogil:
+                columns.reset(new Columns(self.plan.get()[0]))
+            if self.columns.get() == NULL:
+                self.columns.swap(columns)
+        return 0
+
+    cdef Memory side(self, int64_t nbytes):
+        """Idle memory for matrices side by side, or new."""
+        cdef Memory memory = self.idle.pop() if self.idle else None
+        return Memory(nbytes) if memory is None or memory.nbytes < nbytes else memory
 
     cdef Team team(self, int threads):
         """The team of that size; two threads that make it at once make the same."""
         cdef Team team = self.teams.get(threads)
         if team is None:
             team = Team()
-            team.idle, team.idle_solve = [[] for _ in range(LAYOUTS)], [[] for _ in range(LAYOUTS)]
+            team.idle, team.idle_solve = [[] for _ in range(4)], [[] for _ in range(4)]
             with nogil:
                 team.schedule.reset(new Schedule(self.plan.get()[0], threads))
             team.threads = team.schedule.get().useful
@@ -442,8 +456,10 @@ cdef class Symbolic:
     @property
     def nbytes(self):
         """Memory of the plan and of idle scratch."""
-        cdef int64_t total = self.plan.get().nbytes()
+        cdef int64_t total = self.plan.get().nbytes() + sum([(<Memory> memory).nbytes for memory in list(self.idle)])
         cdef Team team
+        if self.columns.get() != NULL:
+            total += self.columns.get().nbytes()
         for team in list(self.teams.values()):
             total += 8 * self.plan.get().supernodes
             for idle in team.idle + team.idle_solve:
@@ -493,13 +509,14 @@ cdef class Symbolic:
     def trim(self):
         """Lets go of idle scratch memory."""
         cdef Team team
+        self.idle.clear()
         for team in list(self.teams.values()):
             for idle in team.idle + team.idle_solve:
                 idle.clear()
 
 
 # Rows of the largest front up to which the matrices of a batch lie side by side: larger fronts fill vectors by themselves.
-cdef int64_t SIDE_BY_SIDE_UP_TO = 32
+cdef int64_t SIDE_BY_SIDE_UP_TO = 64
 
 
 cdef class Storage:
@@ -507,14 +524,13 @@ cdef class Storage:
     cdef readonly Symbolic symbolic
     cdef readonly int64_t batch
     cdef readonly int dtype
-    cdef readonly Memory factor  # [batch, stored]; of matrices side by side [groups, stored, width]
+    cdef readonly Memory factor  # [batch, stored]; of matrices side by side [groups, entries of L, width]
     cdef Memory plain            # these as [batch, stored], once a solve has asked for that
     cdef vector[int64_t] status  # [batch] 0, or 1 + the pivot that is not positive
+    cdef vector[double] spreads  # [batch] of matrices side by side: see `spread`
     cdef readonly bool failed
     cdef const Interleaving* by  # of matrices side by side, else NULL
     cdef const Kernels* kernels
-    cdef int layout              # whose workspaces
-    cdef int64_t unit            # bytes of a number of the kernels
 
     def __init__(self, Symbolic symbolic, int dtype, int64_t batch):
         if not 0 <= dtype < 4 or batch < 1:
@@ -523,10 +539,13 @@ cdef class Storage:
         self.by = symbolic.interleaving(dtype)
         if self.by != NULL and (batch < self.by.width or symbolic.plan.get().largest_front > SIDE_BY_SIDE_UP_TO):
             self.by = NULL
-        cdef int64_t width = 1 if self.by == NULL else self.by.width
-        self.kernels = symbolic.kernels(dtype) if self.by == NULL else self.by.kernels
-        self.layout, self.unit = dtype if self.by == NULL else 4 + dtype, width * ITEMSIZE[dtype]
-        self.factor = Memory((batch + width - 1) // width * symbolic.plan.get().panel.back() * self.unit)
+        self.kernels = symbolic.kernels(dtype)
+        cdef int64_t numbers = batch * symbolic.plan.get().panel.back()
+        if self.by != NULL:
+            symbolic.find_columns()
+            numbers = (batch + self.by.width - 1) // self.by.width * self.by.width * symbolic.columns.get().entries()
+            self.spreads.assign(batch, 1)
+        self.factor = Memory(numbers * ITEMSIZE[dtype])
         self.status.assign(batch, 1)
         self.failed = True
 
@@ -535,24 +554,30 @@ cdef class Storage:
         return self.factor.nbytes + (0 if self.plain is None else self.plain.nbytes)
 
     cdef Memory separated(self):
-        """The factors one after the other."""
+        """The factors as panels, one after the other."""
         if self.by == NULL:
             return self.factor
         if self.plain is None:
-            stored = self.symbolic.plan.get().panel.back()
-            self.plain = self._separated(stored, stored * ITEMSIZE[self.dtype])
+            self.plain = self._separated(self.symbolic.plan.get().panel.back(), self.symbolic.columns.get().entries())
         return self.plain
 
-    cdef Memory _separated(self, int64_t stored, int64_t size):
-        cdef Memory plain = Memory(self.batch * size)
+    cdef Memory _separated(self, int64_t stored, int64_t entries):
+        cdef int64_t size = ITEMSIZE[self.dtype], e, first, place
+        cdef Memory plain = Memory(self.batch * stored * size), rows = Memory(self.by.width * entries * size)
+        cdef const int32_t* entry = self.symbolic.columns.get().view(self.symbolic.plan.get()[0]).entry
         cdef vector[void*] to
-        cdef int64_t e, first
-        to.resize(self.by.width)
+        cdef int lanes, lane
+        for lane in range(self.by.width):
+            to.push_back(<char*> rows.data + lane * entries * size)
+        memset(plain.data, 0, self.batch * stored * size)
         for first in range(0, self.batch, self.by.width):
-            for e in range(first, min(first + self.by.width, self.batch)):
-                to[e - first] = <char*> plain.data + e * size
-            self.by.separate(<char*> self.factor.data + first * size, stored, to.data(),
-                             <int> min(self.by.width, self.batch - first))
+            lanes = <int> min(self.by.width, self.batch - first)
+            self.by.separate(<char*> self.factor.data + first * entries * size, entries, to.data(), lanes)
+            for lane in range(lanes):
+                for place in range(stored):
+                    if entry[place] >= 0:
+                        memcpy(<char*> plain.data + ((first + lane) * stored + place) * size,
+                               <char*> to[lane] + entry[place] * size, size)
         return plain
 
     @property
@@ -572,28 +597,38 @@ cdef class Storage:
         cdef int sharing = 1  # threads that share the batch; with one, `threads` share each matrix
         if self.batch > 1 and threads > 1:
             sharing = self.symbolic.team(1).schedule.get().sharing(self.batch, threads)
-        cdef bool alone = sharing == 1 and self.by == NULL
+        cdef vector[void*] sides
+        cdef ColumnsView columns
+        cdef Batch batch
+        batch.count, batch.begin, batch.begin_stride = self.batch, <const void*> values, nnz * itemsize
+        if self.by != NULL:
+            columns = self.symbolic.columns.get().view(plan[0])
+            batch.to, batch.to_stride = self.factor.data, self.symbolic.columns.get().entries() * itemsize
+            memories = [self.symbolic.side(nnz * self.by.width * itemsize) for _ in range(sharing)]
+            for memory in memories:
+                sides.push_back((<Memory> memory).data)
+            self.plain = None
+            with nogil:
+                factorize_interleaved(self.by[0], columns, a[0], batch, self.status.data(), self.spreads.data(),
+                                      sides.data(), sharing)
+                for e in range(self.batch):
+                    failed |= self.status[e] != 0
+            self.failed = failed
+            self.symbolic.idle += memories
+            return
+        cdef bool alone = sharing == 1
         cdef Team team = self.symbolic.team(threads if alone else 1)
         cdef const Schedule* schedule = team.schedule.get()
-        cdef int64_t side = 0 if self.by == NULL else nnz * self.unit
-        cdef list workspaces = [team.workspace(self, side) for _ in range(sharing)]
+        cdef list workspaces = [team.workspace(self) for _ in range(sharing)]
         cdef vector[Scratch] scratch
-        cdef vector[void*] sides
-        cdef Batch batch
         for workspace in workspaces:
             if not alone:
                 scratch.push_back((<Workspace> workspace).scratch[0])
-            sides.push_back((<Workspace> workspace).side.data)
         if alone:
             scratch = (<Workspace> workspaces[0]).scratch
-        batch.count, batch.begin, batch.begin_stride = self.batch, <const void*> values, nnz * itemsize
         batch.to, batch.to_stride = self.factor.data, size
-        self.plain = None
         with nogil:
-            if self.by != NULL:
-                factorize_interleaved(self.by[0], self.symbolic.tree, schedule[0], a[0], batch, self.status.data(),
-                                      scratch.data(), sides.data(), sharing)
-            elif sharing > 1:
+            if sharing > 1:
                 factorize_batch(self.kernels[0], self.symbolic.tree, schedule[0], a[0], batch, self.status.data(),
                                 scratch.data(), sharing)
             else:
@@ -605,22 +640,22 @@ cdef class Storage:
             for e in range(self.batch):
                 failed |= self.status[e] != 0
         self.failed = failed
-        team.idle[self.layout] += workspaces
+        team.idle[self.dtype] += workspaces
 
     def spread(self):
         """The square of the smallest over the largest number on the diagonal of a factor, the least of the batch: no less than
         the reciprocal condition number of that matrix."""
         cdef const Tree* tree = &self.symbolic.tree
-        cdef int64_t width = 1 if self.by == NULL else self.by.width, stored = self.symbolic.plan.get().panel.back(), e, at
-        cdef int64_t step = width * (2 if self.dtype >= 2 else 1)
+        cdef int64_t step = 2 if self.dtype >= 2 else 1, stored = self.symbolic.plan.get().panel.back() * step, e
         cdef double spread = 1
         with nogil:
             for e in range(self.batch):
-                at = e // width * stored * step + e % width
-                if self.dtype % 2 == 0:
-                    spread = min(spread, diagonal_spread[float](tree[0], <float*> self.factor.data + at, step))
+                if self.by != NULL:
+                    spread = min(spread, self.spreads[e])
+                elif self.dtype % 2 == 0:
+                    spread = min(spread, diagonal_spread[float](tree[0], <float*> self.factor.data + e * stored, step))
                 else:
-                    spread = min(spread, diagonal_spread[double](tree[0], <double*> self.factor.data + at, step))
+                    spread = min(spread, diagonal_spread[double](tree[0], <double*> self.factor.data + e * stored, step))
         return spread
 
     def failed_columns(self):
@@ -651,31 +686,36 @@ cdef class Storage:
         if select != NULL:
             for p in range(count):
                 together = together and select[p] == p
-        cdef bool alone = sharing == 1 and not together
-        cdef Team team = self.symbolic.team(threads if alone else 1)
-        cdef int layout = self.layout if together else self.dtype
-        cdef int64_t side = 2 * plan.n * width * self.unit if together else 0
-        cdef const Kernels* kernels = self.kernels if self.by == NULL else self.symbolic.kernels(self.dtype)
-        cdef int64_t lanes = 1 if width == 1 else self.kernels.lanes if together else kernels.lanes
-        cdef int64_t row = lanes * (self.unit if together else itemsize)
-        cdef list workspaces = [team.solve_workspace(self, layout, row, side) for _ in range(sharing)]
-        cdef vector[void*] locals, sides
-        cdef int32_t* queue = <int32_t*> (<SolveWorkspace> workspaces[0]).queue.data
-        cdef Memory data = self.factor if together else self.separated()
+        cdef vector[void*] sides
+        cdef ColumnsView columns
         cdef Batch batch
         cdef Factors chosen
-        for workspace in workspaces:
-            locals.push_back((<SolveWorkspace> workspace).local.data)
-            sides.push_back((<SolveWorkspace> workspace).side.data)
         batch.count, batch.begin, batch.begin_stride = count, <const void*> b, stride
         batch.to, batch.to_stride = <void*> x, stride
-        chosen.count, chosen.stride, chosen.data = self.batch, size, data.data
-        chosen.status, chosen.select = self.status.data(), select
+        chosen.count, chosen.status, chosen.select = self.batch, self.status.data(), select
+        if together:
+            columns = self.symbolic.columns.get().view(plan[0])
+            chosen.stride, chosen.data = self.symbolic.columns.get().entries() * itemsize, self.factor.data
+            memories = [self.symbolic.side(2 * self.by.width * stride) for _ in range(sharing)]
+            for memory in memories:
+                sides.push_back((<Memory> memory).data)
+            with nogil:
+                solve_interleaved(self.by[0], columns, chosen, batch, width, sides.data(), sharing)
+            self.symbolic.idle += memories
+            return
+        cdef bool alone = sharing == 1
+        cdef Team team = self.symbolic.team(threads if alone else 1)
+        cdef const Kernels* kernels = self.kernels
+        cdef list workspaces = [team.solve_workspace(self, (1 if width == 1 else kernels.lanes) * itemsize)
+                                for _ in range(sharing)]
+        cdef vector[void*] locals
+        cdef int32_t* queue = <int32_t*> (<SolveWorkspace> workspaces[0]).queue.data
+        cdef Memory data = self.separated()
+        for workspace in workspaces:
+            locals.push_back((<SolveWorkspace> workspace).local.data)
+        chosen.stride, chosen.data = size, data.data
         with nogil:
-            if together:
-                solve_interleaved(self.by[0], self.symbolic.tree, team.schedule.get()[0], chosen, batch, width,
-                                  locals.data(), sides.data(), sharing)
-            elif sharing > 1:
+            if sharing > 1:
                 solve_batch(kernels[0], self.symbolic.tree, team.schedule.get()[0], chosen, batch, width,
                             locals.data(), sharing)
             else:
@@ -687,4 +727,4 @@ cdef class Storage:
                         c_solve(kernels[0], self.symbolic.tree, team.schedule.get()[0],
                                 <const char*> chosen.data + f * size, <const char*> b + p * stride,
                                 <char*> x + p * stride, width, locals[0], queue, team.threads)
-        team.idle_solve[layout] += workspaces
+        team.idle_solve[self.dtype] += workspaces

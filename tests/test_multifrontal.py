@@ -111,12 +111,12 @@ def test_matrices_side_by_side(simd, dtype, threads, monkeypatch):
     """Batches of small matrices: full groups, a rest, one more, too few; each fails alone, at its own pivot."""
     monkeypatch.setenv("SPCACHE_SIMD", simd)
     width = {"baseline": 16, "avx2": 32, "avx512": 64}[simd] // dtype.itemsize
-    stored = Driver(problem_of(two_children(5, 4), dtype), "natural").plan._native.stored
+    plan = Driver(problem_of(two_children(5, 4), dtype), "natural").plan._native
     for batch in (width - 1, width, width + 1, 3 * width + 2, 300):
         driver = Driver(problem_of(two_children(5, 4), dtype, seed=batch, batch=batch), "natural")
         storage = driver.factorize(threads=threads)
-        rounded = batch if batch < width else -(-batch // width) * width
-        assert rounded * stored * dtype.itemsize <= storage.factor.nbytes < rounded * stored * dtype.itemsize + 128
+        numbers = batch * plan.stored if batch < width else -(-batch // width) * width * plan.nnz
+        assert numbers * dtype.itemsize <= storage.factor.nbytes < numbers * dtype.itemsize + 128
         check(driver, storage, (1, 2, 5), threads)
         values, (i, j) = driver.values.copy(), driver.problem.indices.numpy()
         bad = {0: 3, batch - 1: 13, batch // 2: 0}

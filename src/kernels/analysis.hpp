@@ -123,12 +123,12 @@ struct Factors {
 // local are [threads] with nothing shared.
 void factorize_batch(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const Assembly& assembly,
                      const Batch& batch, int64_t* status, const Scratch* scratch, int threads);
-// The same for groups of matrices side by side. Scratch and local are those of the interleaved kernels, `side` is [threads]
-// memory for one group's values, or for its b and x.
-void factorize_interleaved(const Interleaving& by, const Tree& tree, const Schedule& schedule, const Assembly& assembly,
-                           const Batch& batch, int64_t* status, const Scratch* scratch, void* const* side, int threads);
-void solve_interleaved(const Interleaving& by, const Tree& tree, const Schedule& schedule, const Factors& factors,
-                       const Batch& batch, int64_t width, void* const* local, void* const* side, int threads);
+// The same for groups of matrices side by side, the factor of one being [Columns::entries] numbers. `side` is [threads]
+// memory for one group's values, or for its b and as much again.
+void factorize_interleaved(const Interleaving& by, const ColumnsView& columns, const Assembly& assembly, const Batch& batch,
+                           int64_t* status, double* spread, void* const* side, int threads);
+void solve_interleaved(const Interleaving& by, const ColumnsView& columns, const Factors& factors, const Batch& batch,
+                       int64_t width, void* const* side, int threads);
 void solve_batch(const Kernels& kernels, const Tree& tree, const Schedule& schedule, const Factors& factors,
                  const Batch& batch, int64_t width, void* const* local, int threads);
 

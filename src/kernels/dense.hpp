@@ -3,7 +3,7 @@
 // One register tile does all the work: C -= A * conj(B)^T for a few vectors of rows of A and a few rows of B. Both
 // operands are columns of the panel itself, or packed copies that differ only in their strides.
 #pragma once
-#include "interleaved.hpp"
+#include "vector.hpp"
 
 // The compiler does not see that a tile reads only the part of `Diagonal` that its block has filled.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -20,7 +20,7 @@ constexpr int64_t BLOCK = 128;                   // pivots eliminated before the
 constexpr int64_t PACK_FROM = 160;               // rows of a front from which packing pays
 constexpr int64_t STRIP = 10;                    // packed tiles of rows that stay in the second-level cache
 template <class T> constexpr int64_t TILE_ROWS = TILE_VECTORS * W<T>;
-template <class T> constexpr int NB = INTERLEAVED<T> ? 3 : COMPLEX<T> && TILE_COLUMNS < 8 ? 2 : W<T> == 1 ? 2 : TILE_COLUMNS;
+template <class T> constexpr int NB = COMPLEX<T> && TILE_COLUMNS < 8 ? 2 : W<T> == 1 ? 2 : TILE_COLUMNS;
 
 // A factorized diagonal block, for the rows below it: L(c, p) for p < c, and the reciprocals of the diagonal.
 template <class T>
@@ -185,7 +185,6 @@ void update_packed(const Packed<T>& A, int64_t begin, int64_t end, T* C, int64_t
 // Cholesky of one diagonal block of NR <= NB columns. Stores L below the diagonal and the reciprocals of L's diagonal on
 // it. Eliminates as D M D^H, D the pivots, so that the square roots stay off the chain from pivot to pivot.
 // Returns 0, or 1 + the column whose pivot is not positive (a NaN is not).
-// Interleaved matrices have NaN in the lanes of those that fail, and go on.
 template <class T, int NR>
 int factor_diagonal(T* P, int64_t ld, Diagonal<T>& diagonal) {
   T a[NR][NR];  // a[i][j], i >= j: column j of the remaining matrix
@@ -195,8 +194,7 @@ int factor_diagonal(T* P, int64_t ld, Diagonal<T>& diagonal) {
   int bad = 0;
   UNROLL for (int c = 0; c < NR; c++) {
     pivot[c] = real(a[c][c]);
-    if constexpr (!INTERLEAVED<T>)
-      if (!positive(pivot[c]) && !bad) bad = c + 1;
+    if (!(pivot[c] > 0 && pivot[c] <= LARGEST<Real<T>>) && !bad) bad = c + 1;
     const Real<T> reciprocal = Real<T>(1) / pivot[c];
     UNROLL for (int j = c + 1; j < NR; j++) {
       const T l = reciprocal * conj(a[j][c]);
@@ -205,7 +203,7 @@ int factor_diagonal(T* P, int64_t ld, Diagonal<T>& diagonal) {
   }
   if (bad) return bad;
   UNROLL for (int c = 0; c < NR; c++) {
-    const Real<T> scale = reciprocal_root(pivot[c]);
+    const Real<T> scale = Real<T>(1) / square_root(pivot[c]);
     diagonal.reciprocal[c] = T(scale);
     P[c + c * ld] = T(scale);
     UNROLL for (int i = c + 1; i < NR; i++) {

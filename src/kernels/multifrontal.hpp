@@ -93,14 +93,29 @@ struct Kernels {
   int64_t (*pack_size)(int64_t largest_front);  // elements of Scratch::pack
 };
 
-// The same for matrices of a batch side by side, `width` to a group: element i of matrix l of a group is number
-// i * width + l. Numbers of `kernels` are `width` numbers, their values, factors, b and x come interleaved.
+// L entry by entry, columns one after the other: see Columns.
+struct ColumnsView {
+  int32_t n;
+  const int32_t* perm;      // [n]           original index of pivot k
+  const int32_t* begin;     // [n + 1]       first entry of each column, its pivot; the others ascend
+  const int32_t* row;       // [begin[n]]
+  const int32_t* target;    // for each column, the entries that the products of its rows below the pivot are subtracted from:
+                            // those of the first with itself and all that follow, those of the second, ...
+  const int64_t* panel;     // [supernodes + 1] of the tree
+  const int32_t* entry;     // [panel[supernodes]] the entry at each place of the panels, -1 where there is none
+};
+
+// The matrices of a batch side by side, `width` to a group: number i of matrix l of a group is i * width + l. All that is
+// computed here is interleaved like that: values, L (reciprocals on its diagonal), b and x.
 struct Interleaving {
-  const Kernels* kernels;
   int32_t width;
   void (*interleave)(const void* const* from, int64_t count, void* to);            // from [width], each [count]
   void (*separate)(const void* from, int64_t count, void* const* to, int lanes);  // to [lanes], each [count]
-  void (*failures)(const Tree&, const void* factor, int64_t* status);             // as `factorize` returns, [width]
+  // L of a group. For each matrix status as `Kernels::factorize` returns it, and spread: the square of the least over
+  // the largest number on the diagonal, where it has a factor.
+  void (*factorize)(const ColumnsView&, const Assembly&, const void* values, void* factor, int64_t* status, double* spread);
+  // A^-1 b in place of b [n, columns]; work is as large.
+  void (*solve)(const ColumnsView&, const void* factor, int64_t columns, void* b, void* work);
 };
 
 const Interleaving* interleaving_baseline(Dtype);  // null where there is none: complex numbers

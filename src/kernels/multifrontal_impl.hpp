@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "front.hpp"
+#include "interleaved.hpp"
 #include "solve.hpp"
 
 namespace spcache {
@@ -59,30 +60,6 @@ template <class T>
 constexpr Kernels kernels_of = {factorize<T>, assemble_values<T>, part<T>, BLOCK, W<T> == 1 ? 0 : SHARE, solve<T>,
                                 solve_part<T>, SOLVE_BLOCK, W<T> == 1 ? 0 : LARGE_PANEL, MANY * W<T>,
                                 pack_size<T>};
-
-// Per lane 0, or 1 + the first pivot that is not positive: its reciprocal root is NaN.
-template <class R>
-void failures(const Tree& t, const void* factor, int64_t* status) {
-  using T = Interleaved<R>;
-  for (int l = 0; l < T::WIDTH; l++) status[l] = 0;
-  for (int32_t s = 0; s < t.supernodes; s++) {
-    const int64_t f = t.first[s], k = t.first[s + 1] - f, m = k + t.row[s + 1] - t.row[s];
-    const T* P = static_cast<const T*>(factor) + t.panel[s];
-    for (int64_t j = 0; j < k; j++) {
-      const auto d = P[j + j * m].v;
-      for (int l = 0; l < T::WIDTH; l++)
-        if (!status[l] && !(d[l] == d[l])) status[l] = f + j + 1;
-    }
-  }
-}
-
-template <class R>
-constexpr Interleaving interleaving_of = {&kernels_of<Interleaved<R>>, Interleaved<R>::WIDTH, interleave<R>, separate<R>,
-                                          failures<R>};
-
-const Interleaving* choose_interleaving(Dtype dtype) {
-  return dtype == FLOAT32 ? &interleaving_of<float> : dtype == FLOAT64 ? &interleaving_of<double> : nullptr;
-}
 
 const Kernels* choose(Dtype dtype) {
   switch (dtype) {

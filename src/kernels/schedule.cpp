@@ -283,26 +283,26 @@ void share_groups(const Batch& batch, int64_t width, int threads, Work work) {
 
 }  // namespace
 
-void factorize_interleaved(const Interleaving& by, const Tree& tree, const Schedule& schedule, const Assembly& assembly,
-                           const Batch& batch, int64_t* status, const Scratch* scratch, void* const* side, int threads) {
+void factorize_interleaved(const Interleaving& by, const ColumnsView& columns, const Assembly& assembly, const Batch& batch,
+                           int64_t* status, double* spread, void* const* side, int threads) {
   share_groups(batch, by.width, threads, [&](int64_t first, int lanes, const void** from, void** to, int thread) {
     int64_t found[MOST_LANES];
+    double spreads[MOST_LANES];
     by.interleave(from, assembly.nnz, side[thread]);
-    factorize(*by.kernels, tree, schedule, assembly, side[thread], to[0], scratch + thread, 1);
-    by.failures(tree, to[0], found);
+    by.factorize(columns, assembly, side[thread], to[0], found, spreads);
     std::copy(found, found + lanes, status + first);
+    std::copy(spreads, spreads + lanes, spread + first);
   });
 }
 
-void solve_interleaved(const Interleaving& by, const Tree& tree, const Schedule& schedule, const Factors& factors,
-                       const Batch& batch, int64_t width, void* const* local, void* const* side, int threads) {
-  const int64_t count = tree.n * width, bytes = batch.from_stride;
+void solve_interleaved(const Interleaving& by, const ColumnsView& columns, const Factors& factors, const Batch& batch,
+                       int64_t width, void* const* side, int threads) {
+  const int64_t count = columns.n * width, bytes = batch.from_stride;
   share_groups(batch, by.width, threads, [&](int64_t first, int lanes, const void** from, void** to, int thread) {
-    char *b = static_cast<char*>(side[thread]), *x = b + bytes * by.width;
+    char *b = static_cast<char*>(side[thread]), *work = b + bytes * by.width;
     by.interleave(from, count, b);
-    solve(*by.kernels, tree, schedule, static_cast<const char*>(factors.data) + first * factors.stride, b, x, width,
-          local[thread], nullptr, 1);
-    by.separate(x, count, to, lanes);
+    by.solve(columns, static_cast<const char*>(factors.data) + first * factors.stride, width, b, work);
+    by.separate(b, count, to, lanes);
     for (int l = 0; l < lanes; l++)
       if (factors.status[first + l]) memset(to[l], 0xff, size_t(bytes));
   });

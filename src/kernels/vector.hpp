@@ -32,6 +32,7 @@ struct Vector {
   static constexpr int width = VECTOR_BYTES / int(sizeof(T));
 };
 template <class R> using Register = typename Vector<R>::type;
+template <class R> constexpr R LARGEST = sizeof(R) == 4 ? R(__FLT_MAX__) : R(__DBL_MAX__);  // finite number
 
 #if defined(__AVX2__)
 #if defined(__AVX512F__)
@@ -158,6 +159,41 @@ inline __attribute__((always_inline)) void store_part(double* p, V<double> v, in
 }
 inline __attribute__((always_inline)) void store_part(float* p, V<float> v, int count) {
   _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
+}
+#elif defined(__AVX2__)
+alignas(64) constexpr int32_t LANES[16] = {-1, -1, -1, -1, -1, -1, -1, -1};  // and zeros
+inline __attribute__((always_inline)) __m256i first_lanes(int words) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(LANES + 8 - words));
+}
+inline __attribute__((always_inline)) V<double> load_part(const double* p, int count) {
+  return (V<double>)_mm256_maskload_pd(p, first_lanes(2 * count));
+}
+inline __attribute__((always_inline)) V<float> load_part(const float* p, int count) {
+  return (V<float>)_mm256_maskload_ps(p, first_lanes(count));
+}
+// Half by half: masked stores are slow on some processors.
+inline __attribute__((always_inline)) void store_part(double* p, V<double> v, int count) {
+  __m128d half = _mm256_castpd256_pd128((__m256d)v);
+  if (count & 2) {
+    _mm_storeu_pd(p, half);
+    half = _mm256_extractf128_pd((__m256d)v, 1);
+    p += 2;
+  }
+  if (count & 1) _mm_store_sd(p, half);
+}
+inline __attribute__((always_inline)) void store_part(float* p, V<float> v, int count) {
+  __m128 half = _mm256_castps256_ps128((__m256)v);
+  if (count & 4) {
+    _mm_storeu_ps(p, half);
+    half = _mm256_extractf128_ps((__m256)v, 1);
+    p += 4;
+  }
+  if (count & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p), half);
+    half = _mm_movehl_ps(half, half);
+    p += 2;
+  }
+  if (count & 1) _mm_store_ss(p, half);
 }
 #else
 template <class T> inline V<T> load_part(const T* p, int count) {
