@@ -516,7 +516,8 @@ cdef class Symbolic:
 
 
 # Rows of the largest front up to which the matrices of a batch lie side by side: larger fronts fill vectors by themselves.
-cdef int64_t SIDE_BY_SIDE_UP_TO = 64
+# Beyond the first number, as long as the factors of one group have at most so many bytes.
+cdef int64_t SIDE_BY_SIDE_UP_TO = 32, SIDE_BY_SIDE_AT_MOST = 64, SIDE_BY_SIDE_BYTES = 1 << 21
 
 
 cdef class Storage:
@@ -537,13 +538,17 @@ cdef class Storage:
             raise ValueError("unknown scalar type, or empty batch")
         self.symbolic, self.dtype, self.batch = symbolic, dtype, batch
         self.by = symbolic.interleaving(dtype)
-        if self.by != NULL and (batch < self.by.width or symbolic.plan.get().largest_front > SIDE_BY_SIDE_UP_TO):
+        cdef const Plan* plan = symbolic.plan.get()
+        cdef int64_t entries = plan.prediction.nnz
+        if self.by != NULL and (batch < self.by.width or plan.largest_front > SIDE_BY_SIDE_AT_MOST or entries > 0x7fffffff
+                                or (plan.largest_front > SIDE_BY_SIDE_UP_TO
+                                    and entries * self.by.width * ITEMSIZE[dtype] > SIDE_BY_SIDE_BYTES)):
             self.by = NULL
         self.kernels = symbolic.kernels(dtype)
-        cdef int64_t numbers = batch * symbolic.plan.get().panel.back()
+        cdef int64_t numbers = batch * plan.panel.back()
         if self.by != NULL:
             symbolic.find_columns()
-            numbers = (batch + self.by.width - 1) // self.by.width * self.by.width * symbolic.columns.get().entries()
+            numbers = (batch + self.by.width - 1) // self.by.width * self.by.width * entries
             self.spreads.assign(batch, 1)
         self.factor = Memory(numbers * ITEMSIZE[dtype])
         self.status.assign(batch, 1)

@@ -131,6 +131,21 @@ def test_matrices_side_by_side(simd, dtype, threads, monkeypatch):
         assert np.array_equal(before[good], after[good]) and np.isnan(after[list(bad)]).all()
 
 
+@pytest.mark.parametrize("n, band, together", [(80, 20, True), (80, 45, True), (80, 64, False), (1500, 10, True), (1500, 40, None)])  # fmt: skip
+def test_which_matrices_lie_side_by_side(n, band, together):
+    """Fronts of a little more than `band` rows: up to 32, or up to 64 where a group of factors is small (None: where it
+    has fewer than 8 matrices)."""
+    i = np.arange(n)
+    mask = np.abs(i[:, None] - i) <= band
+    driver = Driver(problem_of(mask, torch.float64, batch=9), "natural")
+    plan, storage = driver.plan._native, driver.factorize()
+    width = {"baseline": 2, "avx2": 4, "avx512": 8}[plan.simd]
+    together = width < 8 if together is None else together
+    numbers = -(-9 // width) * width * plan.nnz if together else 9 * plan.stored
+    assert numbers * 8 <= storage.factor.nbytes < numbers * 8 + 2**21 + 128
+    check(driver, storage, (1, 3))
+
+
 def test_side_by_side_for_other_right_hand_sides():
     """Right-hand sides that do not go with the batch one by one: the factors are taken apart, once."""
     problem = problem_of(two_children(5, 4), torch.float64, batch=40)
