@@ -131,7 +131,7 @@ def test_matrices_side_by_side(simd, dtype, threads, monkeypatch):
         assert np.array_equal(before[good], after[good]) and np.isnan(after[list(bad)]).all()
 
 
-@pytest.mark.parametrize("n, band, together", [(80, 20, True), (80, 45, True), (80, 64, False), (1500, 10, True), (1500, 40, None)])  # fmt: skip
+@pytest.mark.parametrize("n, band, together", [(80, 20, True), (200, 36, True), (80, 64, False), (1500, 10, True), (1500, 40, None)])  # fmt: skip
 def test_which_matrices_lie_side_by_side(n, band, together):
     """Fronts of a little more than `band` rows: up to 32, or up to 64 where a group of factors is small (None: where it
     has fewer than 8 matrices)."""
