@@ -275,8 +275,9 @@ class Pool:
         return type(self)(self.n, self.plan, self.assembly, stats, self.threads, self.convention, also)
 
     def factorize(self, values: Tensor, check: bool, fresh: bool = False) -> NumericFactor:
-        """Factors contiguous `values` [*B, nnz] in storage that nobody else holds; fresh: by KLU,
-        with pivots chosen for them and for accuracy."""
+        """Factors contiguous `values` [*B, nnz] in storage that nobody else holds.
+
+        fresh: with pivots chosen for these values, and for accuracy; of KLU only."""
         return self._factorize(values, check, values.dtype, NumericFactor, lambda copy: copy.address, fresh)
 
     def _factorize(

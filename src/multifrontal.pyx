@@ -515,9 +515,9 @@ cdef class Symbolic:
                 idle.clear()
 
 
-# Rows of the largest front up to which the matrices of a batch lie side by side: larger fronts fill vectors by themselves.
-# Beyond the first number, as long as the factors of one group have at most so many bytes.
-cdef int64_t SIDE_BY_SIDE_UP_TO = 32, SIDE_BY_SIDE_AT_MOST = 64, SIDE_BY_SIDE_BYTES = 1 << 21
+# The matrices of a batch lie side by side where fronts are too small to fill vectors by themselves: up to so many
+# operations for each on average, and rows of the largest; to more rows if the factors of a group have at most so many bytes.
+cdef int64_t SIDE_BY_SIDE_FLOPS = 1 << 12, SIDE_BY_SIDE_ROWS = 32, SIDE_BY_SIDE_MOST_ROWS = 64, SIDE_BY_SIDE_BYTES = 1 << 21
 
 
 cdef class Storage:
@@ -540,9 +540,11 @@ cdef class Storage:
         self.by = symbolic.interleaving(dtype)
         cdef const Plan* plan = symbolic.plan.get()
         cdef int64_t entries = plan.prediction.nnz
-        if self.by != NULL and (batch < self.by.width or plan.largest_front > SIDE_BY_SIDE_AT_MOST or entries > 0x7fffffff
-                                or (plan.largest_front > SIDE_BY_SIDE_UP_TO
-                                    and entries * self.by.width * ITEMSIZE[dtype] > SIDE_BY_SIDE_BYTES)):
+        if self.by != NULL and (
+                batch < self.by.width or entries > 0x7fffffff or plan.largest_front > SIDE_BY_SIDE_MOST_ROWS
+                or plan.prediction.flops > SIDE_BY_SIDE_FLOPS * plan.supernodes
+                or (plan.largest_front > SIDE_BY_SIDE_ROWS
+                    and entries * self.by.width * ITEMSIZE[dtype] > SIDE_BY_SIDE_BYTES)):
             self.by = NULL
         self.kernels = symbolic.kernels(dtype)
         cdef int64_t numbers = batch * plan.panel.back()
@@ -567,22 +569,24 @@ cdef class Storage:
         return self.plain
 
     cdef Memory _separated(self, int64_t stored, int64_t entries):
-        cdef int64_t size = ITEMSIZE[self.dtype], e, first, place
+        cdef int64_t size = ITEMSIZE[self.dtype], group, first, place
         cdef Memory plain = Memory(self.batch * stored * size), rows = Memory(self.by.width * entries * size)
         cdef const int32_t* entry = self.symbolic.columns.get().view(self.symbolic.plan.get()[0]).entry
         cdef vector[void*] to
         cdef int lanes, lane
         for lane in range(self.by.width):
             to.push_back(<char*> rows.data + lane * entries * size)
-        memset(plain.data, 0, self.batch * stored * size)
-        for first in range(0, self.batch, self.by.width):
-            lanes = <int> min(self.by.width, self.batch - first)
-            self.by.separate(<char*> self.factor.data + first * entries * size, entries, to.data(), lanes)
-            for lane in range(lanes):
-                for place in range(stored):
-                    if entry[place] >= 0:
-                        memcpy(<char*> plain.data + ((first + lane) * stored + place) * size,
-                               <char*> to[lane] + entry[place] * size, size)
+        with nogil:
+            memset(plain.data, 0, self.batch * stored * size)
+            for group in range((self.batch + self.by.width - 1) // self.by.width):
+                first = group * self.by.width
+                lanes = <int> min(self.by.width, self.batch - first)
+                self.by.separate(<char*> self.factor.data + first * entries * size, entries, to.data(), lanes)
+                for lane in range(lanes):
+                    for place in range(stored):
+                        if entry[place] >= 0:
+                            memcpy(<char*> plain.data + ((first + lane) * stored + place) * size,
+                                   <char*> to[lane] + entry[place] * size, size)
         return plain
 
     @property

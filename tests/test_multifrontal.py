@@ -117,7 +117,7 @@ def test_matrices_side_by_side(simd, dtype, threads, monkeypatch):
         storage = driver.factorize(threads=threads)
         numbers = batch * plan.stored if batch < width else -(-batch // width) * width * plan.nnz
         assert numbers * dtype.itemsize <= storage.factor.nbytes < numbers * dtype.itemsize + 128
-        check(driver, storage, (1, 2, 5), threads)
+        check(driver, storage, (1, 2, 5, 13), threads)
         values, (i, j) = driver.values.copy(), driver.problem.indices.numpy()
         bad = {0: 3, batch - 1: 13, batch // 2: 0}
         for e, pivot in bad.items():
@@ -131,19 +131,31 @@ def test_matrices_side_by_side(simd, dtype, threads, monkeypatch):
         assert np.array_equal(before[good], after[good]) and np.isnan(after[list(bad)]).all()
 
 
-@pytest.mark.parametrize("n, band, together", [(80, 20, True), (200, 36, True), (80, 64, False), (1500, 10, True), (1500, 40, None)])  # fmt: skip
-def test_which_matrices_lie_side_by_side(n, band, together):
-    """Fronts of a little more than `band` rows: up to 32, or up to 64 where a group of factors is small (None: where it
-    has fewer than 8 matrices)."""
-    i = np.arange(n)
-    mask = np.abs(i[:, None] - i) <= band
-    driver = Driver(problem_of(mask, torch.float64, batch=9), "natural")
+def neighbours(*sizes):
+    """The mask of a grid."""
+    at = np.stack(np.meshgrid(*map(np.arange, sizes), indexing="ij")).reshape(len(sizes), -1)
+    return np.abs(at[:, :, None] - at[:, None]).sum(0) <= 1
+
+
+@pytest.mark.parametrize(
+    "mask, together",
+    [
+        (neighbours(20, 20), True),
+        (neighbours(6, 6, 6), True),
+        (neighbours(30, 30), True),  # fronts of up to 47 rows
+        (neighbours(47, 47), False),  # 65
+        (np.ones((40, 40)), False),
+    ],
+    ids=lambda value: "x".join(map(str, np.shape(value))) or str(value),
+)
+def test_which_matrices_lie_side_by_side(mask, together):
+    """Those with small fronts."""
+    driver = Driver(problem_of(mask != 0, torch.float64, batch=9), "amd")
     plan, storage = driver.plan._native, driver.factorize()
     width = {"baseline": 2, "avx2": 4, "avx512": 8}[plan.simd]
-    together = width < 8 if together is None else together
     numbers = -(-9 // width) * width * plan.nnz if together else 9 * plan.stored
-    assert numbers * 8 <= storage.factor.nbytes < numbers * 8 + 2**21 + 128
-    check(driver, storage, (1, 3))
+    assert numbers * 8 <= storage.factor.nbytes < numbers * 8 + 2**21 + 128  # or huge pages
+    check(driver, storage, (1, 3, 4, 13))
 
 
 def test_side_by_side_for_other_right_hand_sides():

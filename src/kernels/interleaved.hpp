@@ -127,32 +127,50 @@ void factorize_columns(const ColumnsView& c, const Assembly& a, const void* valu
   }
 }
 
-// Forward column by column, backward row by row of L^T, one right-hand side after the other.
-template <class R>
-void solve_columns(const ColumnsView& c, const void* factor, int64_t columns, void* b, void* work) {
+// Forward column by column, backward row by row of L^T, for C right-hand sides from x on, `step` numbers from row to row.
+template <class R, int C>
+void solve_some(const ColumnsView& c, const R* L, int64_t step, R* x, R* y) {
   constexpr int width = W<R>;
-  const R* const L = static_cast<const R*>(factor);
-  const int64_t step = columns * width;  // from one row to the next
-  for (int64_t r = 0; r < columns; r++) {
-    R *const x = static_cast<R*>(b) + r * width, *const y = static_cast<R*>(work) + r * width;
-    for (int32_t k = 0; k < c.n; k++) store(y + k * step, load(x + c.perm[k] * step));
-    for (int32_t k = 0; k < c.n; k++) {
-      const V<R> z = load(L + width * int64_t(c.begin[k])) * load(y + k * step);
-      store(y + k * step, z);
-      for (int32_t t = c.begin[k] + 1; t < c.begin[k + 1]; t++) {
-        R* const below = y + c.row[t] * step;
-        store(below, load(below) - load(L + width * int64_t(t)) * z);
-      }
-    }
-    for (int32_t k = c.n - 1; k >= 0; k--) {
-      V<R> z = load(y + k * step);
-      for (int32_t t = c.begin[k] + 1; t < c.begin[k + 1]; t++)
-        subtract_product(z, load(L + width * int64_t(t)), load(y + c.row[t] * step));
-      z *= load(L + width * int64_t(c.begin[k]));
-      store(y + k * step, z);
-      store(x + c.perm[k] * step, z);
+  for (int32_t k = 0; k < c.n; k++)
+    UNROLL_16 for (int r = 0; r < C; r++) store(y + (k * C + r) * width, load(x + c.perm[k] * step + r * width));
+  for (int32_t k = 0; k < c.n; k++) {
+    R* const own = y + int64_t(k) * C * width;
+    const V<R> d = load(L + width * int64_t(c.begin[k]));
+    V<R> z[C];
+    UNROLL_16 for (int r = 0; r < C; r++) store(own + r * width, z[r] = d * load(own + r * width));
+    for (int32_t t = c.begin[k] + 1; t < c.begin[k + 1]; t++) {
+      const V<R> l = load(L + width * int64_t(t));
+      R* const below = y + int64_t(c.row[t]) * C * width;
+      UNROLL_16 for (int r = 0; r < C; r++) store(below + r * width, load(below + r * width) - l * z[r]);
     }
   }
+  for (int32_t k = c.n - 1; k >= 0; k--) {
+    R* const own = y + int64_t(k) * C * width;
+    const V<R> d = load(L + width * int64_t(c.begin[k]));
+    V<R> z[C];
+    UNROLL_16 for (int r = 0; r < C; r++) z[r] = load(own + r * width);
+    for (int32_t t = c.begin[k] + 1; t < c.begin[k + 1]; t++) {
+      const V<R> l = load(L + width * int64_t(t));
+      const R* const below = y + int64_t(c.row[t]) * C * width;
+      UNROLL_16 for (int r = 0; r < C; r++) subtract_product(z[r], l, load(below + r * width));
+    }
+    UNROLL_16 for (int r = 0; r < C; r++) {
+      z[r] *= d;
+      store(own + r * width, z[r]);
+      store(x + c.perm[k] * step + r * width, z[r]);
+    }
+  }
+}
+
+template <class R>
+void solve_columns(const ColumnsView& c, const void* factor, int64_t columns, void* b, void* work) {
+  const R* const L = static_cast<const R*>(factor);
+  R *x = static_cast<R*>(b), *const y = static_cast<R*>(work);
+  const int64_t step = columns * W<R>;
+  int64_t left = columns;
+  for (; left >= 8; left -= 8, x += 8 * W<R>) solve_some<R, 8>(c, L, step, x, y);
+  for (; left >= 4; left -= 4, x += 4 * W<R>) solve_some<R, 4>(c, L, step, x, y);
+  for (; left > 0; left--, x += W<R>) solve_some<R, 1>(c, L, step, x, y);
 }
 
 template <class R>

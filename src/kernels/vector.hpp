@@ -171,7 +171,7 @@ inline __attribute__((always_inline)) V<double> load_part(const double* p, int c
 inline __attribute__((always_inline)) V<float> load_part(const float* p, int count) {
   return (V<float>)_mm256_maskload_ps(p, first_lanes(count));
 }
-// Half by half: masked stores are slow on some processors.
+// Bit by bit of count: masked stores are slow on some processors.
 inline __attribute__((always_inline)) void store_part(double* p, V<double> v, int count) {
   __m128d half = _mm256_castpd256_pd128((__m256d)v);
   if (count & 2) {
