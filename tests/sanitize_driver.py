@@ -148,6 +148,7 @@ def test_positive():
         for n in (1, 2, 3, 7, 8, 9, 17, 33, 50):
             positive(random_mask(n, 1.0, True), level, "natural", dtype)
             positive(random_mask(n, 3 / n, True), level, ("amd", "metis", "natural")[n % 3], dtype)
+        positive(random_mask(20, 0.1, True), level, "amd", dtype, 17, (1, 5, 13), threads=(1, 2))  # side by side
         positive(random_mask(161, 1.0, True), level, "natural", dtype, 1, (1, 5))  # packed kernels
         arms = np.kron(np.eye(2, dtype=bool), np.ones((70, 70), bool))
         arms = np.pad(arms, ((0, 45), (0, 45)), constant_values=True)
