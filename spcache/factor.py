@@ -192,6 +192,8 @@ class NumericFactor:
         if self._substitute is None:
             careful = None if self._pool.careful is None else self._pool.careful()
             assert careful is not None  # whoever asks for solutions keeps its owner alive
+            if self.plan.engine == "klu":
+                self._pool.demand_accuracy()
             self._substitute = careful(self._factorized(), self)
         return self._substitute
 
@@ -267,7 +269,7 @@ class Pool:
         self.careful = careful
         self._idle: dict[tuple[int, int], list[tuple[Storage, ValuesCopy]]] = {}
         self._latest: weakref.ref[NumericFactor] | None = None
-        self._used = False
+        self._used = self._strict = False
 
     def renewed(self, stats: Stats, careful: Careful) -> Pool:
         """The same plan for another system."""
@@ -297,8 +299,8 @@ class Pool:
             storage, copy = idle.pop()
         except IndexError:
             self._make_room()
-            plan: Any = self.plan  # of KLU where it has to be fresh
-            storage = plan.storage(code, batch, strict=True) if fresh else plan.storage(code, batch)
+            plan: Any = self.plan
+            storage = plan.storage(code, batch, strict=True) if fresh or self._strict else plan.storage(code, batch)
             copy = ValuesCopy()
         threads = self.threads or torch.get_num_threads()
         start = perf_counter()
@@ -316,6 +318,11 @@ class Pool:
         factor = factor_type(self, Loan(storage, copy, idle, KEEP_IDLE), values, code)
         self._latest = weakref.ref(factor)
         return factor
+
+    def demand_accuracy(self) -> None:
+        """Of KLU: pivots are chosen for accuracy from now on, refinement having stalled with others."""
+        self._strict, self._latest = True, None
+        self._idle.clear()  # storage that is lent goes to a list that nobody looks at any more
 
     def _make_room(self) -> None:
         """Lets go of what other scalar types and batches left idle, beyond a few."""

@@ -120,6 +120,11 @@ def test_pivots_that_need_refinement_give_way_where_it_stalls(monkeypatch):
     x = factor.solve(b)
     assert system.stats.repivots == 1 and factor._numeric._substitute.storage.nnz > 1.4 * thrifty
     assert residual_of(A, x.numpy(), b.numpy()) <= C
+    for step in range(2, 4):  # and stay
+        x = system.solve(values * step, b)
+        assert residual_of(A * step, x.numpy(), b.numpy()) <= C
+        assert system.stats.repivots == 1 and system._factorizer._held.storage.nnz > 1.4 * thrifty
+    assert system.stats.refactorizations == 1
 
 
 # --- singular and nearly singular ----------------------------------------------------------------------------------------
